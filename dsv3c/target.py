@@ -1,0 +1,110 @@
+"""What a target is: a machine described in numbers, kernels as files, and the functions that make and load them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dsv3c.ir import DType, Graph
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """One device and its links. Rates are per second and per direction; memory is what a program can use.
+
+    `matrix_flops`: (element type, FLOP/s) of the matrix unit. `units`: SMs or cores. `latency`: seconds from
+    launching a kernel to its start. `node`: ranks that share the fast link.
+    """
+
+    name: str
+    units: int
+    matrix_flops: tuple[tuple[DType, float], ...]
+    vector_flops: float
+    memory_bandwidth: float
+    memory_bytes: int
+    latency: float
+    node: int = 8
+    fast_link: float = 0.0
+    fast_latency: float = 0.0
+    slow_link: float = 0.0
+    slow_latency: float = 0.0
+
+    def matrix_rate(self, dtype: DType) -> float:
+        """FLOP/s of the matrix unit for inputs of `dtype`, or of the nearest wider type it has."""
+        table = dict(self.matrix_flops)
+        return table.get(dtype) or table.get(DType.f32) or self.matrix_flops[-1][1]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelFile:
+    """One file of a kernel: `suffix` such as `tir.py`, `ll`, `cubin`."""
+
+    suffix: str
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """Generated code for one region. `id` is the name of its files; `op` the graph it implements.
+
+    `lang`: tvm, triton or gluon. `signature`: types of the arguments, inputs then outputs, as text.
+    `launch`: what the loader needs (entry point, grid, warps ...), key by key.
+    """
+
+    id: str
+    op: str
+    lang: str
+    signature: tuple[str, ...]
+    files: tuple[KernelFile, ...]
+    launch: tuple[tuple[str, str | int], ...] = ()
+
+    @property
+    def has_binary(self) -> bool:
+        return any(f.suffix in ("ll", "cubin") for f in self.files)
+
+    def file(self, suffix: str) -> bytes:
+        """The contents of the file with this suffix; KeyError if there is none."""
+        for f in self.files:
+            if f.suffix == suffix:
+                return f.data
+        raise KeyError(suffix)
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to execute an op on a target.
+
+    `prepare(inputs, outputs, **attrs)` looks at the tensors once and returns a function without arguments that
+    does the work: it reads `inputs`, writes `outputs` completely, allocates nothing that lasts. Called again, it
+    does the same on whatever the tensors then hold. If `accumulates`, `prepare` also takes `accumulate=True`: then
+    the function adds to `outputs[0]` instead of overwriting it.
+    """
+
+    op: str
+    prepare: Callable[..., Callable[[], None]]
+    accumulates: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A machine and how to run on it.
+
+    `generate(region, sizes, kernels)` gives the kernel of a fused region with symbols bound to `sizes` left open
+    where the language can, or None if no generator covers it. `implementations` are by op name. `load(kernel)`
+    gives `prepare(inputs, outputs)` as in `Implementation`. A target with `device` None can be compiled for but
+    not run. `expert_alignment` is to how many rows each expert's share is padded for an element type.
+    """
+
+    name: str
+    doc: str
+    machine: Machine
+    precision: str
+    device: str | None
+    expert_alignment: Callable[[DType], int]
+    generate: Callable[[Graph, Mapping[str, int], str], Kernel | None]
+    implementations: Mapping[str, Implementation]
+    load: Callable[[Kernel], Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]] | None
