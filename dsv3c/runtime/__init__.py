@@ -1,0 +1,1 @@
+"""Runs plans: sessions, training, generation, checkpoints and exchange with Hugging Face."""
