@@ -9,7 +9,7 @@ import pytest
 import torch
 from plain_model import losses, rms_norm, updated_bias
 
-from dsv3c.runtime.reference import checkpoint_tensors, in_dtype, run_model
+from dsv3c.runtime.reference import checkpoint_tensors, everything_in, in_dtype, run_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -132,14 +132,20 @@ def test_mtp_module_equals_transformers_drafting() -> None:
         drafter.layers[k].load_state_dict(renamed | {"post_norm.weight": own["shared_head.norm.weight"]})
         drafter.layers[k].mtp_block.mlp.gate.e_score_correction_bias = own["mlp.gate.e_score_correction_bias"]
 
-    from dsv3c.runtime.reference import everything_in
-
     with torch.no_grad(), everything_in(torch.float64):
         state = main.model(input_ids=tokens, use_cache=False).last_hidden_state
         for k in range(2):
             ahead = tokens[:, k + 1 : -1]
-            positions = torch.arange(ahead.shape[1])[None]
-            state = drafter.forward_layer(k, state[:, : ahead.shape[1]], positions, None, input_ids=ahead)
+            count = ahead.shape[1]
+            positions, embedded = torch.arange(count)[None], main.model.embed_tokens(ahead)
+            state = drafter.layers[k](
+                embedded,
+                state[:, :count],
+                position_embeddings=main.model.rotary_emb(embedded, positions),
+                attention_mask=torch.full((1, 1, count, count), -torch.inf, dtype=torch.float64).triu(1),
+                position_ids=positions,
+                past_key_values=None,
+            )
             theirs = main.lm_head(state)
             assert (theirs - out.mtp_logits[k]).norm() / theirs.norm() < 1e-12
 
