@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import enum
 import functools
 from collections.abc import Iterator, Mapping
@@ -30,7 +31,7 @@ class DType(enum.Enum):
     u8 = ("u8", 8, False)
     bool = ("bool", 8, False)
 
-    def __init__(self, text: str, bits: int, is_float: bool) -> None:
+    def __init__(self, text: str, bits: int, is_float: builtins.bool) -> None:
         self.text = text
         self.bits = bits
         self.is_float = is_float
@@ -208,7 +209,7 @@ class Layer:
     """One use of a graph: which named values it reads and writes, and which weights it binds.
 
     `inputs`, `weights` and `outputs` are positional to the graph's `inputs`, `weights` and `results`. Names of
-    values are SSA within one sequence of layers.
+    values are SSA within one sequence of layers. An input may also name a weight: state that is not trained.
     """
 
     name: str
@@ -216,6 +217,7 @@ class Layer:
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
     outputs: tuple[str, ...]
+    phase: Phase = Phase.F
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,9 @@ class Sequence:
     """Layers executed in order, for example `prologue`, `train`, `epilogue`, `forward`, `prefill`, `decode`.
 
     `inputs` come from outside; `results` are handed back. `losses` are the scalar results that training
-    differentiates, each with its weight decided when it runs.
+    differentiates, each with its weight decided when it runs: once cut, the input `d:NAME` is the weight of the loss
+    NAME. `gradients`: pairs (value, weight) that say which value is part of which weight's gradient; parts add up.
+    A result that continues an input (a cache, optimizer state) may overwrite it.
     """
 
     name: str
@@ -231,6 +235,7 @@ class Sequence:
     layers: tuple[Layer, ...]
     results: tuple[str, ...]
     losses: tuple[str, ...] = ()
+    gradients: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

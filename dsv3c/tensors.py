@@ -35,6 +35,11 @@ def ir_dtype(dtype: torch.dtype) -> DType:
     raise KeyError(name)
 
 
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """`x` in the type that arithmetic is done in: float64 if it is that, else float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def round_to(x: torch.Tensor, dtype: DType) -> torch.Tensor:
     """`x` (float32 or float64) rounded to the values of `dtype`, nearest even; e4m3 saturates and keeps NaN."""
     if dtype is DType.e4m3:

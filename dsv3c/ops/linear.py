@@ -107,7 +107,7 @@ def _infer_wgrad(dy: Type, x: Type) -> Type:
 
 def _wgrad_reference(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return dy.flatten(0, -2).t().to(wide) @ x.flatten(0, -2).to(wide)
+    return torch.matmul(dy.flatten(0, -2).t().to(wide), x.flatten(0, -2).to(wide))
 
 
 def _vjp_wgrad(b: Builder, node: Node, g: Value) -> tuple[Value, ...]:
@@ -144,7 +144,7 @@ def _heads(kv_b: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _infer_absorb_query(q: Type, kv_b: Type) -> Type:
     expect_float(q, kv_b)
-    expect(q.rank >= 2 and kv_b.rank == 2, f"expected q[..., heads, key] and kv_b[heads*(key+value), rank], got {q}, {kv_b}")
+    expect(q.rank >= 2 and kv_b.rank == 2, f"expected q[..., heads, key], kv_b[heads*(key+value), rank], got {q}, {kv_b}")
     return Type(q.dtype, (*q.shape[:-1], kv_b.shape[1]))
 
 
@@ -155,7 +155,7 @@ def _cost_absorb(inputs: tuple[Type, ...], outputs: tuple[Type, ...], **_: objec
 
 ABSORB_QUERY = OpDef(
     name="absorb_query",
-    doc="Move queries q[..., heads, key] into the latent space [..., heads, rank] by kv_b_proj's key half (MLA, section 2.1.1).",
+    doc="Queries q[..., heads, key] to the latent space [..., heads, rank] by kv_b_proj's key half (MLA, section 2.1.1).",
     infer=_infer_absorb_query,
     reference=lambda q, kv_b: torch.einsum("...ha,har->...hr", q, _heads(kv_b, q.shape[-2])[:, : q.shape[-1]]),
     cost=_cost_absorb,
