@@ -55,8 +55,9 @@ def show_program(program: Program) -> str:
 
 
 def _show_sequence(s: Sequence) -> str:
-    layers = "".join(f"        {(y.name, y.graph, y.inputs, y.weights, y.outputs)!r},\n" for y in s.layers)
-    return f"    ({s.name!r}, {s.inputs!r}, {s.results!r}, {s.losses!r}, [\n{layers}    ]),\n"
+    rows = [(y.phase.value, y.name, y.graph, y.inputs, y.weights, y.outputs) for y in s.layers]
+    layers = "".join(f"        {row!r},\n" for row in rows)
+    return f"    ({s.name!r}, {s.inputs!r}, {s.results!r}, {s.losses!r}, {s.gradients!r}, [\n{layers}    ]),\n"
 
 
 def parse_program(text: str, registry: Registry, file: str = "<text>") -> Program:
@@ -136,10 +137,16 @@ class _Parser:
 
     def sequence(self, tree: ast.expr) -> Sequence:
         match self.literal(tree):
-            case (str(name), tuple(inputs), tuple(results), tuple(losses), tuple(rows)):
-                layers = tuple(Layer(*row) for row in rows)  # type: ignore[misc]
-                return Sequence(name, inputs, layers, results, losses)  # type: ignore[arg-type]
-        raise self.error(tree, "expected (name, inputs, results, losses, [layers])")
+            case (str(name), tuple(inputs), tuple(results), tuple(losses), tuple(gradients), tuple(rows)):
+                layers = tuple(self.layer(tree, row) for row in rows)
+                return Sequence(name, inputs, layers, results, losses, gradients)  # type: ignore[arg-type]
+        raise self.error(tree, "expected (name, inputs, results, losses, gradients, [layers])")
+
+    def layer(self, tree: ast.expr, row: Attr) -> Layer:
+        match row:
+            case (("F" | "B" | "W") as phase, str(name), str(graph), tuple(inputs), tuple(weights), tuple(outputs)):
+                return Layer(name, graph, inputs, weights, outputs, Phase(phase))  # type: ignore[arg-type]
+        raise self.error(tree, "expected a layer (phase, name, graph, inputs, weights, outputs)")
 
     def type(self, tree: ast.expr, at: ast.AST | None = None) -> Type:
         match tree:

@@ -1,0 +1,199 @@
+"""Where every tensor of a sequence lies in memory: lifetimes, offsets, peaks.
+
+Two levels keep this fast for 61 layers. Within a graph, values that do not leave it are placed in a workspace that
+all graphs share in turn. Between graphs, what layers hand to each other is placed by lifetime over the sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from dsv3c.ir import Graph, Node, Program, Sequence, Value
+from dsv3c.op import Registry
+
+ALIGNMENT = 256
+"""Bytes; a multiple of every cache line, vector and TMA alignment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """Bytes `offset ... offset+size` hold one tensor from step `start` to step `end`, both included."""
+
+    name: str
+    offset: int
+    size: int
+    start: int
+    end: int
+
+
+def place(wanted: list[tuple[str, int, int, int]]) -> tuple[tuple[Slot, ...], int]:
+    """Offsets for tensors given as (name, bytes, start, end) so that no two that live at once overlap.
+
+    Largest first, each at the lowest gap that fits. Gives the slots, in the order of `wanted`, and the peak bytes.
+    """
+    order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][2], i))
+    placed: list[Slot] = []
+    slots: dict[int, Slot] = {}
+    for i in order:
+        name, size, start, end = wanted[i]
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        offset = 0
+        for other in placed:  # sorted by offset
+            if other.start <= end and start <= other.end:
+                if offset + size <= other.offset:
+                    break
+                offset = max(offset, other.offset + other.size)
+        slots[i] = Slot(name, offset, size, start, end)
+        at = len(placed)
+        while at and placed[at - 1].offset > offset:
+            at -= 1
+        placed.insert(at, slots[i])
+    peak = max((s.offset + s.size for s in placed), default=0)
+    return tuple(slots[i] for i in range(len(wanted))), peak
+
+
+@dataclass(frozen=True)
+class GraphLayout:
+    """One graph's memory: `roots` says for each value whose storage it lives in (a view lives in its base, a value
+    written in place in what it replaces); `slots` places roots that stay inside the graph; `peak` is their extent."""
+
+    graph: str
+    roots: Mapping[str, str]
+    slots: tuple[Slot, ...]
+    peak: int
+
+
+def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int]) -> GraphLayout:
+    """Lay out the workspace of one graph for the given symbol sizes."""
+    roots: dict[str, str] = {v.name: v.name for v in graph.params}
+    values = {v.name: v for v in graph.values()}
+    last: dict[str, int] = {}
+    uses: dict[str, int] = {}
+    for i, node in enumerate(graph.nodes):
+        for v in node.outputs:
+            roots[v.name] = roots[node.inputs[0].name] if is_view(node, registry) else v.name
+        for v in node.inputs:
+            uses[roots[v.name]] = i
+    fixed = {v.name for v in graph.params} | {roots[v.name] for v in graph.results}
+    merged: dict[str, str] = {}
+    start: dict[str, int] = {}
+    for i, node in enumerate(graph.nodes):
+        for v in node.outputs:
+            if roots[v.name] == v.name:
+                start[v.name] = i
+        if node.op == "call":
+            continue
+        for source, target in registry[node.op].aliases:
+            old, new = roots[node.inputs[source].name], node.outputs[target].name
+            if old in fixed or new in fixed or old not in start or uses[old] != i or is_view(node, registry):
+                continue
+            same = values[old].type.bytes(sizes) == values[new].type.bytes(sizes)
+            whole = roots[node.inputs[source].name] == node.inputs[source].name
+            if same and whole and sum(roots[v.name] == old for v in node.inputs) == 1:
+                merged[new] = old
+
+    def storage(name: str) -> str:
+        while name in merged:
+            name = merged[name]
+        return name
+
+    final = {name: storage(root) for name, root in roots.items()}
+    for name, root in final.items():
+        begin = start.get(roots[name])
+        if begin is not None:
+            last[root] = max(last.get(root, begin), begin, uses.get(roots[name], begin))
+    wanted = [(r, values[r].type.bytes(sizes), start[r], last[r]) for r in last if r not in fixed]
+    slots, peak = place(wanted)
+    return GraphLayout(graph.name, final, slots, peak)
+
+
+def is_view(node: Node, registry: Registry) -> bool:
+    """Whether the outputs of `node` are views of its first input."""
+    return node.op != "call" and registry[node.op].view
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """A sequence's memory: `roots` says for each value handed between layers whose storage it lives in (`weights`
+    and what the caller owns included), `slots` places what the sequence owns, `graphs` the layout of each graph.
+    Bytes: `peak` of the slots, `workspace` shared by the graphs; both are needed at once."""
+
+    sequence: str
+    roots: Mapping[str, str]
+    slots: tuple[Slot, ...]
+    peak: int
+    workspace: int
+    graphs: Mapping[str, GraphLayout]
+
+    @property
+    def bytes(self) -> int:
+        return self.peak + self.workspace
+
+
+def sequence_layout(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
+                    outside: Callable[[str], bool] = lambda name: False) -> SequenceLayout:  # fmt: skip
+    """Lay out a sequence for the given symbol sizes; values for which `outside(name)` holds have storage of their
+    own (weight gradients that go straight into the gradient buffer)."""
+    graphs: dict[str, GraphLayout] = {}
+    roots: dict[str, str] = {name: name for name in sequence.inputs}
+    values: dict[str, Value] = {}
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    for i, layer in enumerate(sequence.layers):
+        graph = program.graph(layer.graph)
+        if graph.name not in graphs:
+            graphs[graph.name] = graph_layout(graph, registry, sizes)
+        inner = graphs[graph.name].roots
+        bound = dict(zip((v.name for v in graph.params), layer.inputs + layer.weights, strict=True))
+        for name in layer.inputs:
+            root = roots.setdefault(name, name)
+            end[root] = i
+        leaving: dict[str, str] = {}
+        for v, name in zip(graph.results, layer.outputs, strict=True):
+            inside = inner[v.name]
+            if inside in bound:
+                roots[name] = roots.setdefault(bound[inside], bound[inside])
+            else:
+                roots[name] = leaving.setdefault(inside, name)
+            root = roots[name]
+            if root == name:
+                values[name], start[name] = graph.value(inside), i
+            end[root] = max(end.get(root, i), i)
+    for name in sequence.results:
+        end[roots[name]] = len(sequence.layers)
+    for name, _weight in sequence.gradients:
+        end[roots[name]] = len(sequence.layers) if not outside(name) else end[roots[name]]
+    wanted = [(r, values[r].type.bytes(sizes), start[r], end[r]) for r in start if not outside(r)]
+    slots, peak = place(wanted)
+    workspace = max((g.peak for g in graphs.values()), default=0)
+    return SequenceLayout(sequence.name, roots, slots, peak, workspace, graphs)
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes one rank needs, by kind; `peak` is their sum."""
+
+    rank: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    communication: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.communication
+
+
+@dataclass(frozen=True)
+class BufferPlan:
+    """Memory of every sequence and of every rank, for the job's sizes, at balanced expert load."""
+
+    sequences: tuple[SequenceLayout, ...]
+    ranks: tuple[RankMemory, ...]
+
+    @property
+    def peak(self) -> RankMemory:
+        """The rank that needs most."""
+        return max(self.ranks, key=lambda r: r.peak)
