@@ -18,7 +18,7 @@ from dsv3c.files import write_text
 from dsv3c.ir import IRError, Program
 from dsv3c.job import Job
 from dsv3c.op import Registry
-from dsv3c.state import Note, Pass, State
+from dsv3c.state import Note, Pass, PassReport, State
 from dsv3c.target import Target
 from dsv3c.text import parse_program, show_program
 from dsv3c.verify import verify_program
@@ -28,23 +28,6 @@ _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _BARE = re.compile(r"[^,{}=\s\"']+")
 _BARE_STRING = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]*")
 _WORDS: Mapping[str, bool] = {"true": True, "false": False}
-
-
-@dataclass(frozen=True, slots=True)
-class PassReport:
-    """What one pass cost and changed. `changed` names graphs that are new or different, `removed` those gone."""
-
-    name: str
-    seconds: float
-    nodes_before: int
-    nodes_after: int
-    changed: tuple[str, ...]
-    removed: tuple[str, ...]
-    notes: int
-
-    def __str__(self) -> str:
-        moved = ", ".join((*self.changed, *(f"-{g}" for g in self.removed))) or "nothing changed"
-        return f"{self.name:<14}{self.seconds:7.3f} s  {self.nodes_before:>6} -> {self.nodes_after:<6}  {moved}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +287,7 @@ def _report(name: str, seconds: float, before: Program, after: Program, notes: i
     old = {id(g) for g in before.graphs}
     changed = tuple(g.name for g in after.graphs if id(g) not in old)
     removed = tuple(g.name for g in before.graphs if not after.has_graph(g.name))
-    return PassReport(name, seconds, _nodes(before), _nodes(after), changed, removed, notes)
+    return PassReport(name, _nodes(before), _nodes(after), changed, removed, notes, seconds)
 
 
 def _nodes(program: Program) -> int:

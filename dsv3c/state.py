@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
 from dsv3c.ir import IRError, Program
@@ -32,6 +32,26 @@ class Note:
 
 TakeNote: TypeAlias = Callable[[str, str, str], None]
 """`note(action, node, reason)`, as a pass calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass cost and changed; seconds are neither compared nor stored.
+
+    `changed` names graphs that are new or different, `removed` those gone; `notes` counts its notes.
+    """
+
+    name: str
+    nodes_before: int
+    nodes_after: int
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+    notes: int
+    seconds: float = field(default=0.0, compare=False)
+
+    def __str__(self) -> str:
+        moved = ", ".join((*self.changed, *(f"-{g}" for g in self.removed))) or "nothing changed"
+        return f"{self.name:<14}{self.seconds:7.3f} s  {self.nodes_before:>6} -> {self.nodes_after:<6}  {moved}"
 
 
 @dataclass(frozen=True, slots=True)

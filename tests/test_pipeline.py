@@ -11,8 +11,8 @@ import pytest
 from dsv3c.errors import InputError, WorkError
 from dsv3c.ir import Graph, IRError, Node, Program, Value
 from dsv3c.ops import REGISTRY
-from dsv3c.pipeline import PassReport, parse, run, show, text_state
-from dsv3c.state import Note, Pass, State, TakeNote, check_pass
+from dsv3c.pipeline import parse, run, show, text_state
+from dsv3c.state import Note, Pass, PassReport, State, TakeNote, check_pass
 from dsv3c.text import parse_program, show_program
 from dsv3c.verify import verify_program
 
