@@ -183,7 +183,7 @@ def moe_mlp(b: Builder, x: Value, bias: Value, config: ModelConfig, style: Style
             row_experts, out=("offsets", "slot", "source"), experts=experts, align=style.alignment
         )
         sorted_rows = b.permute(rows, source, slot, out="sorted_rows")
-        sorted_p = b.permute_weights(row_p, source, out="sorted_p")
+        sorted_p = b.permute_weights(row_p, source, slot, out="sorted_p")
         if sorted_p.type.dtype is not style.dtype:
             sorted_p = b.cast(sorted_p, dtype=str(style.dtype))
     with b.path("mlp.gate_up"):

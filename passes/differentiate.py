@@ -93,7 +93,7 @@ def _finish(graph: Graph, b: Builder, gradients: dict[str, Value]) -> Graph:
     """Name each parameter's gradient `d_PARAMETER`, tag W, drop what no result needs."""
     results = list(graph.results)
     body = b.graph([])
-    rename: dict[str, str] = {}
+    names: dict[str, str] = {}
     wanted: list[tuple[Value, Value]] = [(p, gradients[p.name]) for p in graph.params if p.name in gradients]
     given = {v.name for v in body.params}
     for p, g in wanted:
@@ -101,10 +101,10 @@ def _finish(graph: Graph, b: Builder, gradients: dict[str, Value]) -> Graph:
         with b.at(p.name, Phase.B):
             if p in graph.weights and g.type.dtype != p.type.dtype and g.type.dtype.bits < 32:
                 g = b.cast(g, dtype="f32")
-            if g.name in given or g.name in rename or g.name in graph.producers:
+            if g.name in given or g.name in names or g.name in graph.producers:
                 g = b.identity(g, out=name)
             else:
-                rename[g.name] = name
+                names[g.name] = name
         results.append(g)
     body = b.graph(results)
     n_inputs = sum(p in graph.inputs for p, _ in wanted)
@@ -119,7 +119,7 @@ def _finish(graph: Graph, b: Builder, gradients: dict[str, Value]) -> Graph:
             nodes.append(node)
         elif made & needed:
             nodes.append(replace(node, phase=Phase.B if made & backward else Phase.W))
-    return rename(body.but(nodes=tuple(nodes)), rename)
+    return rename(body.but(nodes=tuple(nodes)), names)
 
 
 def joint_of(program: Program, graph: str) -> Graph | None:

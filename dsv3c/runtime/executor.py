@@ -1,0 +1,327 @@
+"""Execute a sequence of a program: bind every value to memory once, then run a flat list of prepared calls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, is_view, sequence_layout
+from dsv3c.ir import Graph, Layer, Node, Program, Sequence, Value
+from dsv3c.op import Registry
+from dsv3c.target import Implementation, Target
+from dsv3c.tensors import torch_dtype
+
+Call = Callable[[], None]
+Prepare = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Call]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What executing needs to know: the program, how its target implements ops, and the loaded region kernels."""
+
+    program: Program
+    registry: Registry
+    target: Target
+    kernels: Mapping[str, Prepare]
+
+    def prepare(self, node: Node, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...],
+                accumulate: bool = False) -> Call:  # fmt: skip
+        """The call that executes `node` on these tensors; with `accumulate` it adds to the (only) output."""
+        if node.op == "call":
+            name = str(node.attr("graph"))
+            if name in self.kernels:
+                return self.kernels[name](inputs, outputs)
+            return self._inline(self.program.graph(name), inputs, outputs)
+        implementation = self.target.implementations.get(node.op)
+        if implementation is None:
+            implementation = reference_implementation(self.registry, node.op)
+        if not accumulate:
+            return implementation.prepare(inputs, outputs, **dict(node.attrs))
+        if implementation.accumulates:
+            return implementation.prepare(inputs, outputs, accumulate=True, **dict(node.attrs))
+        scratch = torch.empty_like(outputs[0])
+        compute = implementation.prepare(inputs, (scratch,), **dict(node.attrs))
+
+        def add() -> None:
+            compute()
+            outputs[0].add_(scratch)
+
+        return add
+
+    def _inline(self, graph: Graph, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+        """A region without a kernel: its nodes one after the other, each in storage of its own."""
+        tensors = {v.name: t for v, t in zip(graph.params, inputs, strict=True)}
+        given = {v.name: t for v, t in zip(graph.results, outputs, strict=True)}
+        sizes = bound_sizes(graph, tensors)
+        calls: list[Call] = []
+        for node in graph.nodes:
+            arguments = tuple(tensors[v.name] for v in node.inputs)
+            if is_view(node, self.registry) and not any(v.name in given for v in node.outputs):
+                tensors.update(self._views(node, arguments))
+                continue
+            made = tuple(given[v.name] if v.name in given else _fresh(v, sizes, inputs[0].device) for v in node.outputs)
+            tensors.update((v.name, t) for v, t in zip(node.outputs, made, strict=True))
+            calls.append(self.prepare(node, arguments, made))
+
+        def run() -> None:
+            for call in calls:
+                call()
+
+        return run
+
+    def _views(self, node: Node, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        result = self.registry[node.op].reference(*inputs, **dict(node.attrs))
+        views = result if isinstance(result, tuple) else (result,)
+        return {v.name: t for v, t in zip(node.outputs, views, strict=True)}
+
+
+def _fresh(v: Value, sizes: Mapping[str, int], device: torch.device) -> torch.Tensor:
+    return torch.empty(v.type.bound(sizes), dtype=torch_dtype(v.type.dtype), device=device)
+
+
+def bound_sizes(graph: Graph, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """The sizes of the symbols that stand alone as a dimension of some parameter."""
+    sizes: dict[str, int] = {}
+    for v in graph.params:
+        for dim, size in zip(v.type.shape, tensors[v.name].shape, strict=True):
+            if not isinstance(dim, int) and dim.is_Symbol:
+                sizes[str(dim)] = size
+    return sizes
+
+
+def reference_implementation(registry: Registry, op: str) -> Implementation:
+    """Run an op by its reference and copy: right on every device, fast on none."""
+    reference = registry[op].reference
+
+    def prepare(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], **attrs: object) -> Call:
+        def run() -> None:
+            result = reference(*inputs, **attrs)
+            for out, value in zip(outputs, result if isinstance(result, tuple) else (result,), strict=True):
+                out.copy_(value)
+
+        return run
+
+    return Implementation(op, prepare)
+
+
+@dataclass
+class Memory:
+    """One block of bytes, handed out as typed tensors at planned offsets."""
+
+    block: torch.Tensor
+
+    @classmethod
+    def allocate(cls, size: int, device: str) -> Memory:
+        return cls(torch.empty(max(size, 1), dtype=torch.uint8, device=device))
+
+    def tensor(self, offset: int, v: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+        """The tensor of type `v.type` that begins at `offset`."""
+        size = v.type.bytes(sizes)
+        return self.block[offset : offset + size].view(torch_dtype(v.type.dtype)).view(v.type.bound(sizes))
+
+
+@dataclass
+class Step:
+    """One prepared call and where it comes from, for profiles."""
+
+    call: Call
+    layer: str
+    node: Node
+
+
+@dataclass
+class Runner:
+    """A sequence bound to tensors. `values` holds what layers hand on; results stay valid until the next run."""
+
+    first: list[Step] = field(default_factory=list)
+    again: list[Step] = field(default_factory=list)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    taps: dict[str, torch.Tensor] = field(default_factory=dict)
+    layout: SequenceLayout | None = None
+
+    def __post_init__(self) -> None:
+        self._first: list[Call] = []
+        self._again: list[Call] = []
+
+    def finish(self) -> Runner:
+        self._first = [s.call for s in self.first]
+        self._again = [s.call for s in self.again]
+        return self
+
+    def run(self, accumulate: bool = False) -> None:
+        """Execute once; weight gradients are overwritten, or with `accumulate` added to."""
+        for call in self._again if accumulate else self._first:
+            call()
+
+    def profile(self) -> dict[tuple[str, str], float]:
+        """Execute once and give seconds by (op, path)."""
+        spent: dict[tuple[str, str], float] = {}
+        for step in self.first:
+            begin = time.perf_counter()
+            step.call()
+            name = str(step.node.attr("graph")) if step.node.op == "call" else step.node.op
+            key = (name, f"{step.node.phase.value}:{step.node.path}")
+            spent[key] = spent.get(key, 0.0) + time.perf_counter() - begin
+        return spent
+
+
+def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int], tensors: Mapping[str, torch.Tensor],
+                     gradients: Mapping[str, torch.Tensor] | None = None, taps: Iterable[str] = ()) -> Runner:  # fmt: skip
+    """Bind `sequence` to memory.
+
+    `tensors`: its inputs and all weights, by name. `gradients`: for each weight the tensor that its gradient is
+    written to (needed if the sequence has gradients). `taps`: names of values inside graphs whose tensor is copied
+    each time to `Runner.taps["LAYER:NAME"]`.
+    """
+    gradients = gradients or {}
+    sinks = _sinks(engine, sequence, gradients)
+    layout = sequence_layout(engine.program, sequence, engine.registry, sizes, outside=lambda n: n in sinks)
+    device = next(iter(tensors.values())).device
+    memory = Memory.allocate(layout.bytes, str(device))
+    runner = Runner(layout=layout)
+    runner.values = {name: tensors[name] for name in sequence.inputs if name in tensors}
+    binder = _Binder(engine, layout, memory, sizes, dict(tensors), sinks, frozenset(taps), runner)
+    offsets = {s.name: s.offset for s in layout.slots}
+    parts = {name: weight for name, weight in sequence.gradients if name not in sinks}
+    written: set[str] = set()
+    for layer in sequence.layers:
+        binder.layer(layer, offsets, written)
+        for name in layer.outputs:
+            if name in parts:
+                _add_part(runner, binder.tensors[name], gradients[parts[name]], parts[name] in written, layer, engine)
+                written.add(parts[name])
+    runner.values = binder.tensors
+    return runner.finish()
+
+
+def _add_part(runner: Runner, part: torch.Tensor, total: torch.Tensor, add: bool, layer: Layer, engine: Engine) -> None:
+    """A gradient that could not be written in place is copied or added to the weight's gradient."""
+    node = engine.program.graph(layer.graph).nodes[-1]
+    runner.first.append(Step((lambda: total.add_(part)) if add else (lambda: total.copy_(part)), layer.name, node))  # type: ignore[arg-type, return-value]
+    runner.again.append(Step(lambda: total.add_(part), layer.name, node))  # type: ignore[arg-type, return-value]
+
+
+def _sinks(engine: Engine, sequence: Sequence, gradients: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, torch.Tensor]]:
+    """Gradient values that a node can write straight into the weight's gradient: value -> (weight, tensor)."""
+    weights = dict(sequence.gradients)
+    sinks: dict[str, tuple[str, torch.Tensor]] = {}
+    for layer in sequence.layers:
+        graph = engine.program.graph(layer.graph)
+        for v, name in zip(graph.results, layer.outputs, strict=True):
+            if name not in weights:
+                continue
+            target, producer = gradients[weights[name]], graph.producers.get(v.name)
+            if producer is None or is_view(producer, engine.registry) or producer.op == "call":
+                continue
+            whole = graph.results.count(v) == 1 and not graph.users[v.name] and len(producer.outputs) == 1
+            if whole and torch_dtype(v.type.dtype) == target.dtype and v.type.shape == tuple(target.shape):
+                sinks[name] = (weights[name], target)
+    return sinks
+
+
+@dataclass
+class _Binder:
+    engine: Engine
+    layout: SequenceLayout
+    memory: Memory
+    sizes: Mapping[str, int]
+    tensors: dict[str, torch.Tensor]
+    sinks: Mapping[str, tuple[str, torch.Tensor]]
+    taps: frozenset[str]
+    runner: Runner
+
+    def layer(self, layer: Layer, offsets: Mapping[str, int], written: set[str]) -> None:
+        """Prepare every node of one layer and bind its outputs."""
+        graph = self.engine.program.graph(layer.graph)
+        inner = self.layout.graphs[graph.name]
+        local = {v.name: self.tensors[n] for v, n in zip(graph.params, layer.inputs + layer.weights, strict=True)}
+        slots = {s.name: self.layout.peak + s.offset for s in inner.slots}
+        sinks: dict[str, tuple[str, torch.Tensor]] = {}
+        escaping: dict[str, int] = {}
+        for v, name in zip(graph.results, layer.outputs, strict=True):
+            root = self.layout.roots[name]
+            if name in self.sinks:
+                sinks[v.name] = self.sinks[name]
+            elif inner.roots[v.name] not in local:
+                escaping[inner.roots[v.name]] = offsets[root]
+        for node in graph.nodes:
+            inputs = tuple(local[v.name] for v in node.inputs)
+            if is_view(node, self.engine.registry):
+                local.update(self.engine._views(node, inputs))
+            elif len(node.outputs) == 1 and node.output.name in sinks:
+                self._sink(layer, node, inputs, sinks[node.output.name], written)
+                local[node.output.name] = sinks[node.output.name][1]
+            else:
+                outputs = tuple(self._place(v, inner, slots, escaping, local) for v in node.outputs)
+                local.update((v.name, t) for v, t in zip(node.outputs, outputs, strict=True))
+                step = Step(self.engine.prepare(node, inputs, outputs), layer.name, node)
+                self.runner.first.append(step)
+                self.runner.again.append(step)
+            for v in node.outputs:
+                if v.name in self.taps:
+                    self._tap(layer, node, v, local[v.name])
+        for v, name in zip(graph.results, layer.outputs, strict=True):
+            self.tensors[name] = local[v.name]
+
+    def _place(self, v: Value, inner: GraphLayout, slots: Mapping[str, int], escaping: Mapping[str, int],
+               local: Mapping[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+        root = inner.roots[v.name]
+        if root in slots:
+            return self.memory.tensor(slots[root], v, self.sizes)
+        if root in escaping:
+            return self.memory.tensor(escaping[root], v, self.sizes)
+        return local[root]
+
+    def _sink(self, layer: Layer, node: Node, inputs: tuple[torch.Tensor, ...], sink: tuple[str, torch.Tensor],
+              written: set[str]) -> None:  # fmt: skip
+        weight, target = sink
+        add = Step(self.engine.prepare(node, inputs, (target,), accumulate=True), layer.name, node)
+        first = add if weight in written else Step(self.engine.prepare(node, inputs, (target,)), layer.name, node)
+        written.add(weight)
+        self.runner.first.append(first)
+        self.runner.again.append(add)
+
+    def _tap(self, layer: Layer, node: Node, v: Value, tensor: torch.Tensor) -> None:
+        copy = torch.empty_like(tensor)
+        self.runner.taps[f"{layer.name}:{v.name}"] = copy
+        step = Step(lambda: copy.copy_(tensor), layer.name, node)  # type: ignore[arg-type, return-value]
+        self.runner.first.append(step)
+        self.runner.again.append(step)
+
+
+def prepare_graph(engine: Engine, name: str, tensors: Mapping[str, torch.Tensor],
+                  results: Mapping[str, torch.Tensor] | None = None) -> Runner:  # fmt: skip
+    """Bind one graph by itself: `tensors` for its parameters, and for results that are to lie in given tensors (they
+    may be the parameters' own where the op allows it)."""
+    graph = engine.program.graph(name)
+    given = dict(results or {})
+    sizes = bound_sizes(graph, tensors)
+    inner = graph_layout(graph, engine.registry, sizes)
+    device = next(iter(tensors.values())).device
+    memory = Memory.allocate(inner.peak, str(device))
+    slots = {s.name: s.offset for s in inner.slots}
+    local = dict(tensors)
+    runner = Runner()
+    for node in graph.nodes:
+        inputs = tuple(local[v.name] for v in node.inputs)
+        if is_view(node, engine.registry):
+            local.update(engine._views(node, inputs))
+            continue
+        outputs = []
+        for v in node.outputs:
+            root = inner.roots[v.name]
+            if v.name in given:
+                outputs.append(given[v.name])
+            elif root in slots:
+                outputs.append(memory.tensor(slots[root], v, sizes))
+            else:
+                outputs.append(_fresh(v, sizes, device))
+        local.update((v.name, t) for v, t in zip(node.outputs, outputs, strict=True))
+        step = Step(engine.prepare(node, inputs, tuple(outputs)), name, node)
+        runner.first.append(step)
+        runner.again.append(step)
+    runner.values = {v.name: local[v.name] for v in graph.results}
+    return runner.finish()

@@ -1,0 +1,330 @@
+"""A loaded plan: forward, training steps, gradients and generation on one device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dsv3c.errors import InputError
+from dsv3c.ir import Sequence
+from dsv3c.job import Recipe
+from dsv3c.models import family
+from dsv3c.models.checkpoint import hf_tensors
+from dsv3c.models.config import ModelConfig
+from dsv3c.ops import REGISTRY
+from dsv3c.plan import Plan
+from dsv3c.runtime.executor import Engine, Runner, prepare_graph, prepare_sequence
+from dsv3c.runtime.hf import load_hf, save_hf
+from dsv3c.runtime.sampling import Sampling, sample
+from dsv3c.runtime.weights import Weights
+from dsv3c.target import Target
+from dsv3c.targets import find
+from dsv3c.tensors import torch_dtype
+
+LOSSES = ("main", "mtp", "balance")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step. Losses are means over the global batch; `expert_load` is tokens per expert by layer name;
+    `tokens` counts those read."""
+
+    step: int
+    loss: float
+    mtp_loss: tuple[float, ...]
+    balance_loss: float
+    grad_norm: float
+    lr: float
+    tokens: int
+    expert_load: Mapping[str, torch.Tensor]
+
+
+class Session:
+    """Runs one plan. `weights`: a Hugging Face directory, or None to draw them from `seed`."""
+
+    def __init__(self, plan: Plan, weights: str | Path | None = None, seed: int = 0) -> None:
+        self.plan = plan
+        self.program = plan.program
+        self.config = ModelConfig.from_dict(plan.config, where=f"the plan of {plan.model}")
+        self.family = family(plan.model.split(":")[0])
+        self.target: Target = find(plan.target)
+        if self.target.device is None:
+            raise InputError(f"a plan for {self.target.name} cannot run here; compile for --target cpu")
+        self.device = self.target.device
+        assert self.target.load is not None
+        kernels = {k.op: self.target.load(k) for k in plan.kernels}
+        self.engine = Engine(self.program, REGISTRY, self.target, kernels)
+        self.weights = Weights(self.program, self.device)
+        self.recipe: Recipe = plan.job.recipe
+        self.steps = 0
+        if weights is None:
+            self.weights.initialize(seed, self.family.parts)
+        else:
+            load_hf(weights, self.weights.tensors, self.family.parts)
+        self._runners: dict[tuple[object, ...], Runner] = {}
+        self._scalars: dict[str, torch.Tensor] = {}
+        self._stale = True
+
+    # ---- inference -------------------------------------------------------------------------------------------------
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits [B, S, V] of tokens [B, S]."""
+        batch, length = self._check(tokens)
+        runner = self._runner("forward", batch, length)
+        self._prologue()
+        runner.values["tokens"].copy_(tokens)
+        runner.run()
+        return runner.values["logits"].clone()
+
+    def expert_choices(self, tokens: torch.Tensor) -> dict[int, torch.Tensor]:
+        """The experts chosen in each MoE layer, [B, S, k] by layer index, descending score."""
+        batch, length = self._check(tokens)
+        runner = self._runner("forward", batch, length, taps=("chosen",))
+        self._prologue()
+        runner.values["tokens"].copy_(tokens)
+        runner.run()
+        return {int(name.split(":")[0].rsplit(".", 1)[1]): t.long() for name, t in runner.taps.items()}
+
+    def generate(self, tokens: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+                 stop: int | tuple[int, ...] | None = None, seed: int = 0) -> torch.Tensor:  # fmt: skip
+        """Continue tokens [B, S] -> the new tokens [B, N], N = max_new_tokens unless `stop` ends every row sooner."""
+        columns = list(self.stream(tokens, max_new_tokens, temperature, top_p, stop, seed))
+        return torch.stack(columns, 1) if columns else torch.empty(tokens.shape[0], 0, dtype=torch.long)
+
+    def stream(self, tokens: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
+               stop: int | tuple[int, ...] | None = None, seed: int = 0) -> Iterator[torch.Tensor]:  # fmt: skip
+        """As `generate`, one column [B] at a time, as soon as it is known. A row that met `stop` repeats it."""
+        batch, length = self._check(tokens, extra=max_new_tokens)
+        sampling = Sampling(temperature, top_p, seed)
+        stops = torch.tensor((stop,) if isinstance(stop, int) else stop or (), dtype=torch.long)
+        if max_new_tokens < 1:
+            return
+        capacity = length + max_new_tokens
+        prefill = self._runner("prefill", batch, length, capacity)
+        self._prologue()
+        prefill.values["tokens"].copy_(tokens)
+        prefill.values["start"].fill_(0)
+        prefill.run()
+        column = sample(prefill.values["logits"][:, -1], sampling, 0)
+        done = torch.isin(column, stops)
+        yield column
+        decode = self._runner("decode", batch, 1, capacity) if max_new_tokens > 1 else prefill
+        for i in range(1, max_new_tokens):
+            if bool(done.all()):
+                return
+            decode.values["tokens"].copy_(column.view(batch, 1))
+            decode.values["start"].fill_(length + i - 1)
+            decode.run()
+            following = sample(decode.values["logits"][:, -1], sampling, i)
+            column = torch.where(done, column, following) if len(stops) else following
+            done |= torch.isin(column, stops)
+            yield column
+
+    def cache(self, batch: int, capacity: int) -> dict[str, torch.Tensor]:
+        """The latent cache of `batch` sequences: by name, [batch, capacity, kv rank + rotary] for each layer."""
+        key = ("cache", batch, capacity)
+        if key not in self._runners:
+            names = [n for n in self.program.sequence("decode").inputs if n.startswith("cache.")]
+            width = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+            dtype = torch_dtype(self.plan.job.dtype)
+            made = {n: torch.zeros(batch, capacity, width, dtype=dtype, device=self.device) for n in names}
+            self._forget(lambda k: k[0] in ("cache", "prefill", "decode"))
+            self._runners[key] = Runner(values=made)
+        return self._runners[key].values
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def step(self, tokens: torch.Tensor, lr: float | None = None) -> StepResult:
+        """One optimizer step on tokens [global_batch, seq]; `lr` replaces the recipe's learning rate."""
+        sequence = self._train_sequence()
+        job = self.plan.job
+        batch, length = self._check(tokens)
+        if batch % job.micro_batch:
+            raise InputError(f"a batch of {batch} sequences does not divide into micro-batches of {job.micro_batch}")
+        count = batch // job.micro_batch
+        runner = self._runner("train", job.micro_batch, length)
+        self._prologue()
+        self._set_losses(runner, sequence, LOSSES, 1.0 / count)
+        totals = {name: torch.zeros(()) for name in sequence.losses}
+        loads: dict[str, torch.Tensor] = {}
+        for i, part in enumerate(tokens.split(job.micro_batch)):
+            runner.values["tokens"].copy_(part)
+            runner.run(accumulate=i > 0)
+            for name in sequence.losses:
+                totals[name] = totals[name] + runner.values[name].double().cpu() / count
+            for name in (n for n in sequence.results if n.startswith("load.")):
+                load = runner.values[name]
+                loads[name] = loads[name] + load if name in loads else load.clone()
+        self.steps += 1
+        rate = self.recipe.lr if lr is None else lr
+        norm = self._update(rate)
+        by_layer = self._update_biases(loads)
+        self._stale = True
+        values = {name: float(t) for name, t in totals.items()}
+        return StepResult(
+            self.steps, values["loss.main"], tuple(v for n, v in values.items() if n.startswith("loss.mtp")),
+            sum(v for n, v in values.items() if n.startswith("balance")), norm, rate, tokens.numel(), by_layer,
+        )  # fmt: skip
+
+    def gradients(self, tokens: torch.Tensor, losses: tuple[str, ...] = ("main",)) -> dict[str, torch.Tensor]:
+        """Gradients by Hugging Face weight name, on tokens [B, S] as one batch.
+
+        `losses`: which of main, mtp (times λ / modules) and balance (times α) are differentiated, weights as in the
+        recipe. MTP weights are present only with "mtp".
+        """
+        unknown = set(losses) - set(LOSSES)
+        if unknown:
+            raise InputError(f"unknown loss {', '.join(sorted(unknown))}; known: {', '.join(LOSSES)}")
+        sequence = self._train_sequence()
+        batch, length = self._check(tokens)
+        runner = self._runner("train", batch, length)
+        self._prologue()
+        self._set_losses(runner, sequence, losses, 1.0)
+        runner.values["tokens"].copy_(tokens)
+        runner.run()
+        found: dict[str, torch.Tensor] = {}
+        mtp = {f"model.layers.{i}." for i in self.config.mtp_layers}
+        for name, gradient in self.weights.gradients().items():
+            if "mtp" not in losses and any(name.startswith(m) for m in mtp):
+                continue
+            for part in self.family.parts(name, tuple(gradient.shape)):
+                found[part.hf_name] = gradient[part.index].clone()
+        return found
+
+    def losses(self, tokens: torch.Tensor) -> dict[str, float]:
+        """Every loss of tokens [B, S] by name (`loss.main`, `loss.mtp.K`, `balance.LAYER`), unweighted."""
+        sequence = self._train_sequence()
+        runner = self._runner("train", *self._check(tokens))
+        self._prologue()
+        runner.values["tokens"].copy_(tokens)
+        runner.run()
+        return {name: float(runner.values[name]) for name in sequence.losses}
+
+    def save_hf(self, directory: str | Path, dtype: str | None = None) -> None:
+        """Write a checkpoint that transformers, vLLM and SGLang load."""
+        save_hf(directory, self.config, hf_tensors(self.config, self.weights.tensors), dtype=dtype)
+
+    # ---- inside ----------------------------------------------------------------------------------------------------
+
+    def _train_sequence(self) -> Sequence:
+        if not self.program.has_sequence("train"):
+            raise InputError(f"this plan was compiled for --job {self.plan.job.kind}; compile with --job train to train")
+        return self.program.sequence("train")
+
+    def _check(self, tokens: torch.Tensor, extra: int = 0) -> tuple[int, int]:
+        """Batch and length of valid tokens; raises InputError for any others."""
+        limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
+            raise InputError(f"tokens must be a LongTensor [B, S], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.shape[1] + extra > limit:
+            raise InputError(f"{tokens.shape[1]} tokens{f' and {extra} new ones' if extra else ''} exceed the model's {limit} positions")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= vocab:
+            raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab}")
+        return tokens.shape[0], tokens.shape[1]
+
+    def _runner(self, name: str, batch: int, length: int, capacity: int = 0, taps: tuple[str, ...] = ()) -> Runner:
+        caches = self.cache(batch, capacity) if capacity else {}
+        key = (name, batch, length, capacity, taps)
+        if key not in self._runners:
+            self._forget(lambda k: k[0] == name)
+            sequence = self.program.sequence(name)
+            inputs: dict[str, torch.Tensor] = {
+                "tokens": torch.zeros(batch, length, dtype=torch.long, device=self.device),
+                "start": torch.zeros((), dtype=torch.int32, device=self.device),
+                **caches, **self._hoisted(),
+            }  # fmt: skip
+            scalar = torch_dtype(self.weights.wide)
+            inputs |= {n: torch.zeros((), dtype=scalar, device=self.device) for n in sequence.inputs if n.startswith("d:")}
+            inputs = {n: t for n, t in inputs.items() if n in sequence.inputs} | self.weights.tensors
+            gradients = self.weights.gradients() if sequence.gradients else None
+            sizes = {"B": batch, "S": length, "C": capacity}
+            self._runners[key] = prepare_sequence(self.engine, sequence, sizes, inputs, gradients, taps)
+        return self._runners[key]
+
+    def _forget(self, which: object) -> None:
+        assert callable(which)
+        for key in [k for k in self._runners if which(k)]:
+            del self._runners[key]
+
+    def _hoisted(self) -> dict[str, torch.Tensor]:
+        """What the prologue computes from the weights once per step."""
+        if not self.program.has_sequence("prologue"):
+            return {}
+        sequence = self.program.sequence("prologue")
+        key = ("prologue",)
+        if key not in self._runners:
+            self._runners[key] = prepare_sequence(self.engine, sequence, {}, self.weights.tensors)
+        return {n: self._runners[key].values[n] for n in sequence.results}
+
+    def _prologue(self) -> None:
+        if self._stale and self.program.has_sequence("prologue"):
+            self._hoisted()
+            self._runners[("prologue",)].run()
+        self._stale = False
+
+    def _set_losses(self, runner: Runner, sequence: Sequence, losses: tuple[str, ...], share: float) -> None:
+        modules = max(1, self.config.num_nextn_predict_layers)
+        weights = {"loss.main": ("main", 1.0), "loss.mtp": ("mtp", self.recipe.mtp / modules), "balance": ("balance", self.recipe.balance)}
+        for name in sequence.losses:
+            kind, weight = next(w for prefix, w in weights.items() if name.startswith(prefix))
+            runner.values[f"d:{name}"].fill_(weight * share if kind in losses else 0.0)
+
+    def _scalar(self, name: str, value: float) -> torch.Tensor:
+        if name not in self._scalars:
+            self._scalars[name] = torch.zeros((), dtype=torch_dtype(self.weights.wide), device=self.device)
+        return self._scalars[name].fill_(value)
+
+    def _graph(self, key: str, name: str, tensors: Mapping[str, torch.Tensor],
+               results: Mapping[str, torch.Tensor] | None = None) -> Runner:  # fmt: skip
+        if ("graph", key) not in self._runners:
+            self._runners[("graph", key)] = prepare_graph(self.engine, name, tensors, results)
+        return self._runners[("graph", key)]
+
+    def _update(self, lr: float) -> float:
+        """Clip all gradients together and update every group; gives the norm before clipping."""
+        self.weights.start_optimizer()
+        squares = torch.zeros((), dtype=torch_dtype(self.weights.wide), device=self.device)
+        for name, group in self.weights.groups.items():
+            assert group.gradient is not None
+            runner = self._graph(f"squares.{name}", "gradient_squares", {"gradient": group.gradient})
+            runner.run()
+            squares += runner.values["squares"]
+        total = self._scalar("squares", 0.0).copy_(squares)
+        clip = self._graph("clip", "clip", {"squares": total})
+        clip.run()
+        rates = {"embedding": self.recipe.embedding_lr, "head": self.recipe.head_lr}
+        for name, group in self.weights.groups.items():
+            assert group.gradient is not None and group.m is not None and group.v is not None
+            settings = {
+                "scale": clip.values["scale"],
+                "lr": self._scalar(f"lr.{name}", lr * rates.get(name, 1.0)),
+                "step": self._scalar("step", float(self.steps)),
+            }
+            state = {"w": group.master, "gradient": group.gradient, "m": group.m, "v": group.v}
+            results = {"w_next": group.master, "m_next": group.m, "v_next": group.v}
+            graph = "update" if name == "norm" else "update_decayed"
+            self._graph(f"update.{name}", graph, state | settings, results).run()
+        return float(squares.sqrt())
+
+    def _update_biases(self, loads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Move each router's bias toward balance (section 2.1.2); gives tokens per expert by layer name."""
+        by_layer: dict[str, torch.Tensor] = {}
+        for layer in self._train_sequence().layers:
+            name = next((n for n in layer.outputs if n in loads), None)
+            if name is None:
+                continue
+            bias = next(n for n in layer.inputs if n in self.weights.tensors)
+            by_layer[layer.name] = loads[name]
+            load = self._scalars.setdefault(f"load.{bias}", torch.zeros_like(loads[name])).copy_(loads[name])
+            tensors = {"bias": self.weights.tensors[bias], "load": load, "speed": self._scalar("speed", self.recipe.bias_speed)}
+            self._graph(f"bias.{bias}", "update_bias", tensors, {"bias_next": self.weights.tensors[bias]}).run()
+        return by_layer
+
+    def with_recipe(self, **changes: float) -> None:
+        """Replace recipe fields that are read each step (not those compiled into the optimizer's kernels)."""
+        self.recipe = dataclasses.replace(self.recipe, **changes)
