@@ -32,6 +32,7 @@ class Result:
     versions: Mapping[str, str]
     commit: str
     date: str
+    load: float  # share of the cores that other processes kept busy while measuring; above 0.1 the row is rough
 
 
 def compare_in_turns(contestants: Mapping[str, Contestant], rounds: int, warmup: int = 2) -> dict[str, float]:
@@ -53,11 +54,18 @@ def compare_in_turns(contestants: Mapping[str, Contestant], rounds: int, warmup:
 
 
 def record(
-    name: str, value: float, unit: str, *, ratio: float | None = None, peer: str | None = None, path: Path = RESULTS
+    name: str,
+    value: float,
+    unit: str,
+    *,
+    ratio: float | None = None,
+    peer: str | None = None,
+    load: float,
+    path: Path = RESULTS,
 ) -> Result:
     """Prints a row and appends it to results.jsonl."""
     now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    result = Result(name, value, unit, ratio, peer, device_name(), versions(), commit(), now)
+    result = Result(name, value, unit, ratio, peer, device_name(), versions(), commit(), now, round(load, 3))
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(result)) + "\n")
     beside = "" if ratio is None else f"   {ratio:.2f}x {peer}"
@@ -65,15 +73,43 @@ def record(
     return result
 
 
-def report(prefix: str, seconds: Mapping[str, float], unit: str, scale: float, ours: str | None = None) -> None:
+def report(
+    prefix: str, seconds: Mapping[str, float], unit: str, scale: float, *, load: float, ours: str | None = None
+) -> None:
     """Records every contestant in `unit` (seconds times scale); with `ours`, its ratio to each peer as well."""
+    if load > 0.1:
+        print(f"other processes used {load:.0%} of the cores: these figures are rough", flush=True)
     for name, value in seconds.items():
         if name != ours:
-            record(f"{prefix}/{name}", value * scale, unit)
+            record(f"{prefix}/{name}", value * scale, unit, load=load)
     if ours is not None and ours in seconds:
         for peer, value in seconds.items():
             if peer != ours:
-                record(f"{prefix}/{ours}", seconds[ours] * scale, unit, ratio=value / seconds[ours], peer=peer)
+                ratio = value / seconds[ours]
+                record(f"{prefix}/{ours}", seconds[ours] * scale, unit, ratio=ratio, peer=peer, load=load)
+
+
+class ForeignLoad:
+    """Share of this machine's cores, 0 to 1, that other processes kept busy since this was made (Linux; else 0)."""
+
+    def __init__(self) -> None:
+        self.start = self._now()
+
+    def share(self) -> float:
+        busy, own, total = (b - a for a, b in zip(self.start, self._now(), strict=True))
+        return min(max((busy - own) / total, 0.0), 1.0) if total > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        times = os.times()
+        own = times.user + times.system + times.children_user + times.children_system
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return 0.0, own, 0.0
+        ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
+        total = sum(ticks) / os.sysconf("SC_CLK_TCK")
+        idle = (ticks[3] + ticks[4]) / os.sysconf("SC_CLK_TCK")
+        return total - idle, own, total
 
 
 def device_name() -> str:
@@ -85,9 +121,10 @@ def device_name() -> str:
     model, flags = platform.processor() or platform.machine(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1)) for line in cpuinfo.read_text().splitlines() if ":" in line
-        )
+        fields: dict[str, str] = {}
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
         model, flags = fields.get("model name", model), fields.get("flags", "")
     units = [unit for unit in ("avx512f", "avx512_bf16", "amx_bf16") if unit in flags.split()]
     return f"{model}, {len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads" + (

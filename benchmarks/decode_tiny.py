@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from common import Contestant, compare_in_turns, report
+from common import Contestant, ForeignLoad, compare_in_turns, report
 from peers import generate_seconds_per_token, static_cache_seconds_per_token, tokens_like
 
 MODEL = "deepseek-v3-tiny:num_nextn_predict_layers=0"
@@ -54,7 +54,9 @@ def main() -> None:
         mine = "dsv3c fp32"
         contestants[mine] = ours(args.prompt, args.new)
     prefix = f"decode, tiny, batch 1, context {args.prompt}" + (f", experts {args.experts}" if args.experts else "")
-    report(prefix, compare_in_turns(contestants, args.rounds), "ms/token", 1e3, ours=mine)
+    foreign = ForeignLoad()
+    seconds = compare_in_turns(contestants, args.rounds)
+    report(prefix, seconds, "ms/token", 1e3, load=foreign.share(), ours=mine)
 
 
 if __name__ == "__main__":

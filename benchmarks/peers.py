@@ -51,7 +51,8 @@ def build(seed: int = 0, *, experts: str | None = None) -> Any:
 
     torch.manual_seed(seed)
     extra: dict[str, Any] = {} if experts is None else {"experts_implementation": experts}
-    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**TINY, **extra))
+    model: Any = transformers.DeepseekV3ForCausalLM
+    return model(transformers.DeepseekV3Config(**TINY, **extra))
 
 
 def train_step(

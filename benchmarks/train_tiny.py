@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from common import Contestant, compare_in_turns, report
+from common import Contestant, ForeignLoad, compare_in_turns, report
 from peers import TINY, tokens_like, train_step
 
 MODEL = "deepseek-v3-tiny:num_nextn_predict_layers=0"
@@ -54,15 +54,17 @@ def main() -> None:
             contestants[name] = train_step(compiled=True, bf16=bf16, **shape)
         if not args.peers_only:
             contestants[f"dsv3c {precision}"] = ours(precision, args.batch, args.seq)
+    foreign = ForeignLoad()
     seconds = compare_in_turns(contestants, args.rounds, warmup=3)
+    load = foreign.share()
     mine = [name for name in seconds if name.startswith("dsv3c")]
     prefix = f"train step, tiny {TINY['num_hidden_layers']} layers, {args.batch}x{args.seq}"
     prefix += f", experts {args.experts}" if args.experts else ""
     peers = {name: value for name, value in seconds.items() if name not in mine}
     if not mine:
-        report(prefix, peers, "ms", 1e3)
+        report(prefix, peers, "ms", 1e3, load=load)
     for name in mine:
-        report(prefix, peers | {name: seconds[name]}, "ms", 1e3, ours=name)
+        report(prefix, peers | {name: seconds[name]}, "ms", 1e3, load=load, ours=name)
 
 
 if __name__ == "__main__":
