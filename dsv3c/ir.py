@@ -44,7 +44,7 @@ class DType(enum.Enum):
 
 DTYPES: Mapping[str, DType] = {d.text: d for d in DType}
 
-Attr: TypeAlias = "bool | int | float | str | None | tuple[Attr, ...]"
+Attr: TypeAlias = "bool | int | float | str | tuple[Attr, ...] | None"
 """A compile-time constant of a node: a Python literal."""
 
 Attrs: TypeAlias = "tuple[tuple[str, Attr], ...]"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsv3c.dims import Dim, add, multiply
+from dsv3c.dims import Dim, add, ceil_div, multiply
 from dsv3c.errors import did_you_mean
 from dsv3c.ir import Attrs, DType, IRError, Type
 from dsv3c.rows import Rowwise
@@ -37,7 +37,12 @@ class Cost:
 
 def bytes_of(*types: Type) -> Dim:
     """Bytes of all `types` together, as a closed form."""
-    return add(*(multiply(t.elements, t.dtype.bits // 8) if t.dtype.bits % 8 == 0 else multiply(t.elements, 3, t.dtype.bits // 12) for t in types))
+    return add(*map(_bytes, types))
+
+
+def _bytes(t: Type) -> Dim:
+    bits = t.dtype.bits
+    return ceil_div(multiply(t.elements, bits), 8) if bits % 8 else multiply(t.elements, bits // 8)
 
 
 def io_cost(inputs: tuple[Type, ...], outputs: tuple[Type, ...], **_: object) -> Cost:

@@ -253,7 +253,8 @@ class Rowwise:
         assert set(self.operands) <= set(OPERAND_KINDS) and set(self.results) <= set(RESULT_KINDS)
 
 
-def evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, torch.Tensor] | None = None) -> torch.Tensor:
+def evaluate(row: Row, operands: tuple[torch.Tensor, ...],
+             known: dict[Row, torch.Tensor] | None = None) -> torch.Tensor:  # fmt: skip
     """The value of `row`, with torch; the oracle of the generators.
 
     `operands` are [rows, cols] (or [rows, 1] for one number per row, [1, cols] for a column), float32 or float64.

@@ -51,7 +51,7 @@ def round_to(x: torch.Tensor, dtype: DType) -> torch.Tensor:
 
 def _round_e5m6(x: torch.Tensor) -> torch.Tensor:
     """5 exponent bits (bias 15, float16's range), 6 mantissa bits, subnormals kept, saturating, nearest even."""
-    mantissa, exponent = torch.frexp(x)
+    _mantissa, exponent = torch.frexp(x)
     exponent = exponent.clamp(min=-13)
     step = torch.ldexp(torch.ones_like(x), exponent - 7)
     top = 2.0**15 * (2 - 2.0**-6)

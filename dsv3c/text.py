@@ -1,4 +1,4 @@
-"""Graphs and programs as text in Python syntax, parsed with `ast` and never executed; printing and parsing agree exactly.
+"""Graphs and programs as text in Python syntax, read with `ast` and never executed; printing and parsing agree exactly.
 
     def router(x: bf16[T, 7168], *, w: bf16[256, 7168]):
         s = linear(x, w)             # bf16[T, 256] @F:moe.router
@@ -215,8 +215,8 @@ class _Parser:
         if len(targets) != len(types):
             raise self.error(target, f"{op} has {len(types)} results, {len(targets)} are named")
         if declared is not None and token is not None and declared != types:
-            raise self.error_at(token.start[0], token.start[1],
-                                f"declared {', '.join(map(str, declared))} but {op} gives {', '.join(map(str, types))}")  # fmt: skip
+            wrong, right = (", ".join(map(str, side)) for side in (declared, types))
+            raise self.error_at(*token.start, f"declared {wrong} but {op} gives {right}")
         outputs = []
         for e, t in zip(targets, types, strict=True):
             if not isinstance(e, ast.Name):

@@ -172,7 +172,7 @@ def _infer_latent(q: Type, cache: Type, start: Type, *, scale: float, rank: int)
     expect(q.dtype == cache.dtype, f"the queries {q} and the cache {cache} differ in element type; cast one")
     expect(start == Type(DType.i32, ()), f"the start must be i32[()], got {start}")
     columns = q.shape[3]
-    fits = 0 < rank and (not isinstance(columns, int) or rank <= columns)
+    fits = rank > 0 and (not isinstance(columns, int) or rank <= columns)
     expect(fits, f"rank {rank} exceeds the columns of {cache}")
     return Type(q.dtype, (*q.shape[:3], rank))
 

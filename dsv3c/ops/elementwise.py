@@ -140,7 +140,8 @@ CAST = OpDef(
     aliases=(),
     view=False,
     samples=(
-        Sample((Type(DType.f32, (2, 3, 4)),), (("dtype", "f64"),)),
+        Sample((Type(DType.f64, (2, 3, 4)),), (("dtype", "f64"),)),
+        Sample((Type(DType.f64, (4, 6)),), (("dtype", "f32"),)),
         Sample((Type(DType.f32, (4, 6)),), (("dtype", "bf16"),)),
         Sample((Type(DType.bf16, (4, 6)),), (("dtype", "f32"),)),
         Sample((Type(DType.f32, (4, 6)),), (("dtype", "e4m3"),)),

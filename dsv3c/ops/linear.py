@@ -9,6 +9,7 @@ from dsv3c.dims import Dim, multiply, same
 from dsv3c.ir import DType, Node, Type, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import NO_GRADIENT, SUM, Cost, Effect, OpDef, Sample, Split, bytes_of, expect, expect_float
+from dsv3c.tensors import wide
 
 if TYPE_CHECKING:
     import torch
@@ -106,8 +107,7 @@ def _infer_wgrad(dy: Type, x: Type) -> Type:
 
 
 def _wgrad_reference(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    return torch.matmul(dy.flatten(0, -2).t().to(wide), x.flatten(0, -2).to(wide))
+    return torch.einsum("rn,rk->nk", wide(dy).flatten(0, -2), wide(x).flatten(0, -2))
 
 
 def _vjp_wgrad(b: Builder, node: Node, g: Value) -> tuple[Value, ...]:
@@ -139,12 +139,12 @@ LINEAR_WGRAD = OpDef(
 
 def _heads(kv_b: torch.Tensor, heads: int) -> torch.Tensor:
     """kv_b_proj [heads*(key+value), rank] -> [heads, key+value, rank]."""
-    return kv_b.unflatten(0, (heads, -1))
+    return kv_b.reshape(heads, -1, kv_b.shape[-1])
 
 
 def _infer_absorb_query(q: Type, kv_b: Type) -> Type:
     expect_float(q, kv_b)
-    expect(q.rank >= 2 and kv_b.rank == 2, f"expected q[..., heads, key], kv_b[heads*(key+value), rank], got {q}, {kv_b}")
+    expect(q.rank >= 2 and kv_b.rank == 2, f"expected q[..., heads, key], kv_b[heads*(key+v), rank], got {q}, {kv_b}")
     return Type(q.dtype, (*q.shape[:-1], kv_b.shape[1]))
 
 
@@ -155,7 +155,7 @@ def _cost_absorb(inputs: tuple[Type, ...], outputs: tuple[Type, ...], **_: objec
 
 ABSORB_QUERY = OpDef(
     name="absorb_query",
-    doc="Queries q[..., heads, key] to the latent space [..., heads, rank] by kv_b_proj's key half (MLA, section 2.1.1).",
+    doc="Queries q[..., heads, key] to the latent space [..., heads, rank] by kv_b_proj's key half (section 2.1.1).",
     infer=_infer_absorb_query,
     reference=lambda q, kv_b: torch.einsum("...ha,har->...hr", q, _heads(kv_b, q.shape[-2])[:, : q.shape[-1]]),
     cost=_cost_absorb,
@@ -177,7 +177,7 @@ def _infer_absorb_value(o: Type, kv_b: Type, *, value: int) -> Type:
 
 ABSORB_VALUE = OpDef(
     name="absorb_value",
-    doc="Bring o[..., heads, rank] back to values [..., heads, value] by kv_b_proj's value half (MLA, section 2.1.1).",
+    doc="Bring o[..., heads, rank] back to values [..., heads, value] by kv_b_proj's value half (section 2.1.1).",
     infer=_infer_absorb_value,
     reference=lambda o, kv_b, *, value: torch.einsum("...hr,hvr->...hv", o, _heads(kv_b, o.shape[-2])[:, -value:]),
     cost=_cost_absorb,

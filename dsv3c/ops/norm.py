@@ -11,6 +11,7 @@ from dsv3c.lazy import lazy
 from dsv3c.op import NO_GRADIENT, Effect, OpDef, Sample, expect, expect_float, io_cost, split_rows
 from dsv3c.ops.linear import gradient_dtype
 from dsv3c.rows import Row, Rowwise, mean, rsqrt
+from dsv3c.tensors import wide
 
 if TYPE_CHECKING:
     import torch
@@ -20,19 +21,18 @@ else:
 EPS = (("eps", 1e-6),)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _infer_norm(x: Type, w: Type, *, eps: float) -> Type:
     expect_float(x, w)
     expect(w.rank == 1 and x.rank >= 1 and same(x.shape[-1], w.shape[0]), f"the weight {w} does not fit {x}")
     return x
 
 
+def _inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def _norm(x: torch.Tensor, w: torch.Tensor, *, eps: float) -> torch.Tensor:
-    wide = _wide(x)
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * w).to(x.dtype)
+    return (wide(x) * _inverse_rms(wide(x), eps) * w).to(x.dtype)
 
 
 def _vjp_norm(b: Builder, node: Node, dy: Value) -> tuple[Value, ...]:
@@ -65,9 +65,9 @@ def _infer_dx(dy: Type, x: Type, w: Type, *, eps: float) -> Type:
 
 
 def _dx(dy: torch.Tensor, x: torch.Tensor, w: torch.Tensor, *, eps: float) -> torch.Tensor:
-    wide, g = _wide(x), _wide(dy) * w
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (r * (g - wide * r * r * (g * wide).mean(-1, keepdim=True))).to(x.dtype)
+    v, g = wide(x), wide(dy) * w
+    r = _inverse_rms(v, eps)
+    return (r * (g - v * r * r * (g * v).mean(-1, keepdim=True))).to(x.dtype)
 
 
 def _dx_row(dy: Row, x: Row, w: Row, *, eps: float) -> Row:
@@ -100,9 +100,7 @@ def _infer_dw(dy: Type, x: Type, *, eps: float) -> Type:
 
 
 def _dw(dy: torch.Tensor, x: torch.Tensor, *, eps: float) -> torch.Tensor:
-    wide = _wide(x)
-    r = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (_wide(dy) * wide * r).flatten(0, -2).sum(0)
+    return (wide(dy) * wide(x) * _inverse_rms(wide(x), eps)).flatten(0, -2).sum(0)
 
 
 DW_ROWS = Rowwise(("row", "row"), ("column",), lambda dy, x, *, eps: dy * x * rsqrt(mean(x * x) + eps))

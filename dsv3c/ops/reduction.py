@@ -154,7 +154,7 @@ SPREAD = OpDef(
     shard=(),
     effect=Effect.PURE,
     rows=None,
-    aliases=((0, 0),),
+    aliases=(),
     view=True,
     samples=(
         Sample((Type(DType.f64, (2, 3)), Type(DType.f64, (2, 3, 4)))),

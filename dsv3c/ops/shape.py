@@ -68,7 +68,7 @@ SPLIT_HEADS = OpDef(
     shard=(Split((0,), (0,)),),
     effect=Effect.PURE,
     rows=None,
-    aliases=((0, 0),),
+    aliases=(),
     view=True,
     samples=(Sample((Type(DType.f64, (2, 4, 6)),), (("heads", 3),)),),
 )
@@ -100,7 +100,7 @@ MERGE_HEADS = OpDef(
     shard=(Split((0,), (0,)), Split((-2,), (-1,))),
     effect=Effect.PURE,
     rows=None,
-    aliases=((0, 0),),
+    aliases=(),
     view=True,
     samples=(Sample((Type(DType.f64, (2, 3, 4, 6)),)),),
 )
@@ -130,7 +130,7 @@ SLICE_LAST = OpDef(
     shard=(Split((0,), (0,)),),
     effect=Effect.PURE,
     rows=Rowwise(("row",), ("row",), lambda x, *, start, stop: columns(x, start, stop)),
-    aliases=((0, 0),),
+    aliases=(),
     view=True,
     samples=(
         Sample((Type(DType.f64, (2, 3, 8)),), (("start", 2), ("stop", 7))),
@@ -226,7 +226,7 @@ EXPAND_HEADS = OpDef(
     shard=(Split((0,), (0,)), Split((-1,), (-1,))),
     effect=Effect.PURE,
     rows=None,
-    aliases=((0, 0),),
+    aliases=(),
     view=True,
     samples=(Sample((Type(DType.f64, (2, 4, 6)),), (("heads", 3),)),),
 )
