@@ -3,4 +3,4 @@
 from __future__ import annotations
 
 if __name__ != "dsv3c.targets":
-    raise ImportError(f"this folder is the package dsv3c.targets: write 'import dsv3c.targets', not 'import {__name__}'")
+    raise ImportError("import this folder as dsv3c.targets")

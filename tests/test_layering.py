@@ -22,11 +22,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors files lazy discover dims ir",
         "op rows target schedule tensors job",
         "text verify build",
-        "ops interp rewrite plan state arena",
+        "ops interp rewrite state arena notes plan plandiff",
         "models passes targets",
-        "pipeline report runtime",
+        "console pipeline report runtime",
         "driver",
-        "cli demo __init__ __main__",
+        "commands cli demo __init__ __main__",
     )
 )
 # Folders of one row that must not know each other, and one that must not know the compiler.
@@ -44,13 +44,12 @@ LIGHT_ROWS = 3
 
 @dataclass(frozen=True, slots=True)
 class Import:
-    """One imported module: its full name, the line, and when the import happens."""
+    """One imported module: from where, which name (empty for a whole module), and when."""
 
     module: str
     name: str
     line: int
-    at_start: bool  # when the importing module is loaded
-    typing_only: bool
+    at_start: bool  # it happens when the importing module is loaded
 
 
 def sources() -> dict[str, str]:
@@ -68,28 +67,28 @@ def sources() -> dict[str, str]:
 def imports(tree: ast.Module, module: str, is_package: bool) -> Iterator[Import]:
     """Every import of a module, wherever it stands."""
 
-    def visit(node: ast.AST, at_start: bool, typing_only: bool) -> Iterator[Import]:
+    def visit(node: ast.AST, at_start: bool) -> Iterator[Import]:
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(alias.name, "", node.lineno, at_start, typing_only)
+                yield Import(alias.name, "", node.lineno, at_start)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 package = module.split(".") if is_package else module.split(".")[:-1]
                 base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
             for alias in node.names:
-                yield Import(base, alias.name, node.lineno, at_start, typing_only)
+                yield Import(base, alias.name, node.lineno, at_start)
         elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
-            for child in node.body:
-                yield from visit(child, False, True)
-            for child in node.orelse:
-                yield from visit(child, at_start, typing_only)
+            for statement in node.body:
+                yield from visit(statement, False)
+            for statement in node.orelse:
+                yield from visit(statement, at_start)
         else:
             inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
             for child in ast.iter_child_nodes(node):
-                yield from visit(child, at_start and not inside, typing_only)
+                yield from visit(child, at_start and not inside)
 
-    yield from visit(tree, True, False)
+    yield from visit(tree, True)
 
 
 def part(module: str) -> str:
