@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from dsv3c.ir import Graph, Node, Program, Sequence, Value
+from dsv3c.ir import Graph, Program, Sequence, Value
 from dsv3c.op import Registry
+from dsv3c.rewrite import is_view
 
 ALIGNMENT = 256
 """Bytes; a multiple of every cache line, vector and TMA alignment."""
@@ -64,8 +65,12 @@ class GraphLayout:
     peak: int
 
 
-def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int]) -> GraphLayout:
-    """Lay out the workspace of one graph for the given symbol sizes."""
+def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int],
+                 donated: frozenset[str] = frozenset()) -> GraphLayout:  # fmt: skip
+    """Lay out the workspace of one graph for the given symbol sizes.
+
+    `donated` inputs may be overwritten by a result that continues them (a cache, optimizer state).
+    """
     roots: dict[str, str] = {v.name: v.name for v in graph.params}
     values = {v.name: v for v in graph.values()}
     last: dict[str, int] = {}
@@ -86,7 +91,8 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int]) -> 
             continue
         for source, target in registry[node.op].aliases:
             old, new = roots[node.inputs[source].name], node.outputs[target].name
-            if old in fixed or new in fixed or old not in start or uses[old] != i or is_view(node, registry):
+            given = old in donated and new in fixed and old not in merged.values()
+            if uses[old] != i or is_view(node, registry) or not (given or (old in start and not {old, new} & fixed)):
                 continue
             same = values[old].type.bytes(sizes) == values[new].type.bytes(sizes)
             whole = roots[node.inputs[source].name] == node.inputs[source].name
@@ -106,11 +112,6 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int]) -> 
     wanted = [(r, values[r].type.bytes(sizes), start[r], last[r]) for r in last if r not in fixed]
     slots, peak = place(wanted)
     return GraphLayout(graph.name, final, slots, peak)
-
-
-def is_view(node: Node, registry: Registry) -> bool:
-    """Whether the outputs of `node` are views of its first input."""
-    return node.op != "call" and registry[node.op].view
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
     """Lay out a sequence for the given symbol sizes; values for which `outside(name)` holds have storage of their
     own (weight gradients that go straight into the gradient buffer)."""
     graphs: dict[str, GraphLayout] = {}
+    donated = donated_inputs(program, sequence)
     roots: dict[str, str] = {name: name for name in sequence.inputs}
     values: dict[str, Value] = {}
     start: dict[str, int] = {}
@@ -143,7 +145,7 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
     for i, layer in enumerate(sequence.layers):
         graph = program.graph(layer.graph)
         if graph.name not in graphs:
-            graphs[graph.name] = graph_layout(graph, registry, sizes)
+            graphs[graph.name] = graph_layout(graph, registry, sizes, donated[graph.name])
         inner = graphs[graph.name].roots
         bound = dict(zip((v.name for v in graph.params), layer.inputs + layer.weights, strict=True))
         for name in layer.inputs:
@@ -168,6 +170,21 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
     slots, peak = place(wanted)
     workspace = max((g.peak for g in graphs.values()), default=0)
     return SequenceLayout(sequence.name, roots, slots, peak, workspace, graphs)
+
+
+def donated_inputs(program: Program, sequence: Sequence) -> dict[str, frozenset[str]]:
+    """For each graph the inputs that, wherever the sequence uses it, the caller gave for this one layer alone."""
+    readers: dict[str, int] = {}
+    for layer in sequence.layers:
+        for name in set(layer.inputs):
+            readers[name] = readers.get(name, 0) + 1
+    own = {name for name in sequence.inputs if readers.get(name) == 1 and name not in sequence.results}
+    donated: dict[str, frozenset[str]] = {}
+    for layer in sequence.layers:
+        graph = program.graph(layer.graph)
+        here = frozenset(v.name for v, name in zip(graph.inputs, layer.inputs, strict=True) if name in own)
+        donated[graph.name] = donated.get(graph.name, here) & here
+    return donated
 
 
 @dataclass(frozen=True, slots=True)

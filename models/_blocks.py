@@ -55,19 +55,19 @@ class Style:
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """Cosines and sines of the positions in use, [B, S, rotary / 2] float32."""
+    """Cosines and sines of the positions in use, [B, S, rotary / 2] in float32 at least."""
 
     cos: Value
     sin: Value
 
 
-def rope_table(b: Builder, positions: Value, config: ModelConfig) -> tuple[Value, Value]:
+def rope_table(b: Builder, positions: Value, config: ModelConfig, dtype: DType) -> tuple[Value, Value]:
     """The rotary table of `positions` (YaRN as in the report, section 4.3)."""
     yarn = config.rope_scaling or Yarn(factor=1.0, original_max_position_embeddings=config.max_position_embeddings)
     cos, sin = b.rotary_table(
         positions, out=("cos", "sin"), dim=config.qk_rope_head_dim, base=config.rope_theta, factor=yarn.factor,
         original=yarn.original_max_position_embeddings, beta_fast=yarn.beta_fast, beta_slow=yarn.beta_slow,
-        magnitude=yarn.attention_factor if config.rope_scaling else 1.0,
+        magnitude=yarn.attention_factor if config.rope_scaling else 1.0, dtype=str(dtype),
     )  # fmt: skip
     return cos, sin
 

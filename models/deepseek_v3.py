@@ -19,7 +19,7 @@ TOKENS = Type(DType.i64, (B, S))
 SCALAR = Type(DType.i32, ())
 
 
-def positions_graph(config: ModelConfig, name: str, mtp: int = 0, started: bool = False) -> Graph:
+def positions_graph(config: ModelConfig, style: Style, name: str, mtp: int = 0, started: bool = False) -> Graph:
     """Rotary table of the tokens' positions; for training also the labels (next tokens, -1 past the end), and for
     each MTP module its input tokens and labels, one further on."""
     b = Builder(REGISTRY, name)
@@ -29,7 +29,7 @@ def positions_graph(config: ModelConfig, name: str, mtp: int = 0, started: bool 
             positions = b.positions_from(tokens, b.input("start", SCALAR))
         else:
             positions = b.positions(tokens)
-        results = list(rope_table(b, positions, config))
+        results = list(rope_table(b, positions, config, style.wide))
         if name == "positions":
             results.append(b.shift(tokens, out="labels", by=1, fill=-1))
         for k in range(1, mtp + 1):
@@ -54,7 +54,7 @@ def block_graph(config: ModelConfig, style: Style, name: str, moe: bool, first: 
     hidden = b.input("residual", style.activation(config.hidden_size))
     delta = None if first else b.input("delta", style.activation(config.hidden_size))
     half = config.qk_rope_head_dim // 2
-    table = Type(DType.f32, (B, S, half))
+    table = Type(style.wide, (B, S, half))
     rope = Rope(b.input("cos", table), b.input("sin", table))
     cache = start = None
     if style.cache != "none":
@@ -244,7 +244,7 @@ def train_graphs(config: ModelConfig, style: Style) -> list[Graph]:
     """The graphs of `train_sequence`."""
     modules = config.num_nextn_predict_layers
     wanted = dict.fromkeys([*kinds(config), *([(True, True)] if modules else [])])
-    graphs = [positions_graph(config, "positions", modules), embedding_graph(config, style, "embedding")]
+    graphs = [positions_graph(config, style, "positions", modules), embedding_graph(config, style, "embedding")]
     graphs += [block_graph(config, style, block_name(*kind), *kind) for kind in wanted]
     if modules != 0:
         graphs.append(head_graph(config, style, "head_mtp", loss=True, hidden_result=True))
@@ -256,7 +256,7 @@ def train_graphs(config: ModelConfig, style: Style) -> list[Graph]:
 def inference_graphs(config: ModelConfig, style: Style, name: str) -> list[Graph]:
     """The graphs of `inference_sequence(config, name)`."""
     cached = name != "forward"
-    graphs = [positions_graph(config, f"positions_{name}", started=cached)]
+    graphs = [positions_graph(config, style, f"positions_{name}", started=cached)]
     graphs.append(embedding_graph(config, style, f"embedding_{name}"))
     graphs += [block_graph(config, style, block_name(*kind, suffix=f"_{name}"), *kind) for kind in kinds(config)]
     graphs.append(head_graph(config, style, f"head_{name}", loss=False, last=cached))

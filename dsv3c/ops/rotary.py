@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dsv3c.build import Builder
 from dsv3c.dims import multiply
-from dsv3c.ir import DType, Node, Type, Value
+from dsv3c.ir import DTYPES, DType, Node, Type, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import NO_GRADIENT, Cost, Effect, OpDef, Sample, Split, bytes_of, expect, expect_float, split_rows
 from dsv3c.rows import Row, Rowwise, columns, join
@@ -22,23 +22,24 @@ else:
 
 
 def _infer_table(positions: Type, *, dim: int, base: float, factor: float, original: int, beta_fast: float,
-                 beta_slow: float, magnitude: float) -> tuple[Type, ...]:  # fmt: skip
+                 beta_slow: float, magnitude: float, dtype: str) -> tuple[Type, ...]:  # fmt: skip
+    expect(dtype in ("f32", "f64"), f"a rotary table is f32 or f64, not {dtype}")
     expect(positions.dtype is DType.i32 and positions.rank == 2, f"expected positions i32[B, S], got {positions}")
     expect(isinstance(dim, int) and dim > 0 and dim % 2 == 0, f"the rotary size must be even, got {dim!r}")
     expect(base > 1 and factor > 0 and original > 0, "base must exceed 1, factor and original 0")
     expect(beta_fast > 0 and beta_slow > 0, "beta_fast and beta_slow must be positive")
-    table = Type(DType.f32, (*positions.shape, dim // 2))
+    table = Type(DTYPES[dtype], (*positions.shape, dim // 2))
     return table, table
 
 
 def frequencies(*, dim: int, base: float, factor: float, original: int, beta_fast: float,
-                beta_slow: float) -> torch.Tensor:  # fmt: skip
-    """Angle per position of each pair, float32 [dim/2]; with `factor` other than 1 by YaRN (arXiv 2309.00071).
+                beta_slow: float, dtype: torch.dtype) -> torch.Tensor:  # fmt: skip
+    """Angle per position of each pair, [dim/2] of `dtype`; with `factor` other than 1 by YaRN (arXiv 2309.00071).
 
     YaRN keeps pairs that turn more than `beta_fast` times within `original` positions, slows those that turn less
     than `beta_slow` times by `factor`, and blends linearly between, from whole pair to whole pair.
     """
-    period = base ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    period = base ** (torch.arange(0, dim, 2, dtype=dtype) / dim)
     if factor == 1.0:
         return 1.0 / period
 
@@ -48,14 +49,16 @@ def frequencies(*, dim: int, base: float, factor: float, original: int, beta_fas
     low = max(math.floor(pair_that_turns(beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(beta_slow)), dim - 1)
     width = high - low if high != low else 0.001
-    kept = 1 - ((torch.arange(dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    kept = 1 - ((torch.arange(dim // 2, dtype=dtype) - low) / width).clamp(0, 1)
     return 1.0 / (factor * period) * (1 - kept) + 1.0 / period * kept
 
 
 def _table(positions: torch.Tensor, *, dim: int, base: float, factor: float, original: int, beta_fast: float,
-           beta_slow: float, magnitude: float) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    turn = frequencies(dim=dim, base=base, factor=factor, original=original, beta_fast=beta_fast, beta_slow=beta_slow)
-    angles = positions.float().unsqueeze(-1) * turn.to(positions.device)
+           beta_slow: float, magnitude: float, dtype: str) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    number = torch.float64 if dtype == "f64" else torch.float32
+    turn = frequencies(dim=dim, base=base, factor=factor, original=original, beta_fast=beta_fast, beta_slow=beta_slow,
+                       dtype=number)  # fmt: skip
+    angles = positions.to(number).unsqueeze(-1) * turn.to(positions.device)
     # The last bit of torch's cosine depends on where in memory a number stands: keep the layout of transformers.
     angles = torch.cat((angles, angles), -1)
     return tuple((f(angles) * magnitude)[..., : dim // 2].contiguous() for f in (torch.cos, torch.sin))
@@ -67,7 +70,7 @@ def _table_cost(inputs: tuple[Type, ...], outputs: tuple[Type, ...], **_: object
 
 ROTARY_TABLE = OpDef(
     name="rotary_table",
-    doc="(cos, sin) f32[B, S, dim/2] of positions i32[B, S], times `magnitude`; `factor` other than 1 means YaRN.",
+    doc="(cos, sin) [B, S, dim/2] of positions i32[B, S], float32 or float64 as `dtype` says, times `magnitude`; `factor` other than 1 means YaRN.",
     infer=_infer_table,
     reference=_table,
     cost=_table_cost,
@@ -81,10 +84,10 @@ ROTARY_TABLE = OpDef(
         Sample(
             (Type(DType.i32, (2, 5)),),
             (("dim", 16), ("base", 1e4), ("factor", factor), ("original", 64), ("beta_fast", 32.0), ("beta_slow", 1.0),
-             ("magnitude", magnitude)),
+             ("magnitude", magnitude), ("dtype", dtype)),
             lambda generator: (torch.randint(0, 99, (2, 5), generator=generator, dtype=torch.int32),),
         )
-        for factor, magnitude in ((1.0, 1.0), (8.0, 1.2))
+        for factor, magnitude, dtype in ((1.0, 1.0, "f32"), (8.0, 1.2, "f32"), (8.0, 1.2, "f64"))
     ),
 )  # fmt: skip
 
@@ -92,7 +95,7 @@ ROTARY_TABLE = OpDef(
 def _infer_rotary(x: Type, cos: Type, sin: Type, *, interleave: bool, inverse: bool) -> Type:
     expect_float(x)
     expect(x.rank in (3, 4), f"expected [B, S, D] or [B, S, H, D], got {x}")
-    expect(cos == sin and cos.dtype is DType.f32, f"the table must be two equal f32 tensors, got {cos} and {sin}")
+    expect(cos == sin and cos.dtype in (DType.f32, DType.f64), f"the table must be two equal tensors, got {cos} and {sin}")
     expect(cos.rank == 3 and cos.shape[:2] == x.shape[:2], f"the table {cos} does not fit {x}")
     expect(x.shape[-1] == multiply(2, cos.shape[-1]), f"the table {cos} does not have half the columns of {x}")
     return x

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, is_view, sequence_layout
+from dsv3c import interp
+from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
 from dsv3c.ir import Graph, Layer, Node, Program, Sequence, Value
 from dsv3c.op import Registry
+from dsv3c.rewrite import is_view
 from dsv3c.target import Implementation, Target
 from dsv3c.tensors import torch_dtype
 
@@ -52,23 +54,13 @@ class Engine:
         return add
 
     def _inline(self, graph: Graph, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
-        """A region without a kernel: its nodes one after the other, each in storage of its own."""
+        """A region without a kernel runs by the references of its ops."""
         tensors = {v.name: t for v, t in zip(graph.params, inputs, strict=True)}
-        given = {v.name: t for v, t in zip(graph.results, outputs, strict=True)}
-        sizes = bound_sizes(graph, tensors)
-        calls: list[Call] = []
-        for node in graph.nodes:
-            arguments = tuple(tensors[v.name] for v in node.inputs)
-            if is_view(node, self.registry) and not any(v.name in given for v in node.outputs):
-                tensors.update(self._views(node, arguments))
-                continue
-            made = tuple(given[v.name] if v.name in given else _fresh(v, sizes, inputs[0].device) for v in node.outputs)
-            tensors.update((v.name, t) for v, t in zip(node.outputs, made, strict=True))
-            calls.append(self.prepare(node, arguments, made))
 
         def run() -> None:
-            for call in calls:
-                call()
+            values = interp.run(graph, tensors, self.registry)
+            for v, out in zip(graph.results, outputs, strict=True):
+                out.copy_(values[v.name])
 
         return run
 

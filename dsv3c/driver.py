@@ -1,0 +1,171 @@
+"""The compiler in one place: model config → IR → passes → target code → plan → session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dsv3c import pipeline
+from dsv3c.arena import BufferPlan
+from dsv3c.errors import InputError, did_you_mean
+from dsv3c.ir import Program
+from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
+from dsv3c.models import Model, ModelConfig, family
+from dsv3c.models.config import parameter_count
+from dsv3c.models.presets import resolve_model
+from dsv3c.ops import REGISTRY
+from dsv3c.plan import MEMORY_KINDS, Memory, Parameters, Plan, StoredWeight, load_plan
+from dsv3c.state import Note, PassReport, State
+from dsv3c.target import Kernel, Target
+from dsv3c.targets import find
+
+if TYPE_CHECKING:
+    from dsv3c.runtime.session import Session
+
+PathLike = str | os.PathLike[str]
+
+TRAIN_PASSES = "differentiate,eliminate,share,hoist,recompute,fuse,eliminate,cut,plan_buffers"
+SERVE_PASSES = "eliminate,share,hoist,fuse,eliminate,plan_buffers"
+
+
+def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: str = "cpu", mesh: str = "",
+            ranks_per_node: int = 8, seq: int | None = None, micro_batch: int = 1, global_batch: int | None = None,
+            precision: str | None = None, schedule: str = "auto", expert_headroom: float = 1.5,
+            kernels: str = "binary", implementations: str = "auto", passes: str | None = None,
+            print_after: str | None = None, dump: PathLike | None = None, stop_after: str | None = None,
+            keep_ir: bool = False, allow_oversize: bool = False, recipe: Recipe | None = None,
+            on_pass: Callable[[PassReport, tuple[Note, ...]], None] | None = None) -> Plan:  # fmt: skip
+    """Compile a model into a plan; keywords are the flags of `dsv3c compile` with underscores.
+
+    `model`: a preset, a path to a config.json or a folder with one, or a ModelConfig. Raises InputError for
+    anything that does not fit together.
+    """
+    name, config = resolve_model(model)
+    machine = find(target)
+    task = make_job(
+        config, machine, kind=job, mesh=mesh, ranks_per_node=ranks_per_node, seq=seq, micro_batch=micro_batch,
+        global_batch=global_batch, precision=precision, schedule=schedule, expert_headroom=expert_headroom,
+        kernels=kernels, implementations=implementations, allow_oversize=allow_oversize, recipe=recipe,
+    )  # fmt: skip
+    model_family = family(name.split(":")[0])
+    program = model_family.build(config, task, machine.expert_alignment(task.dtype))
+    text = passes if passes is not None else TRAIN_PASSES if job == "train" else SERVE_PASSES
+    steps = pipeline.parse(text)
+    outcome = pipeline.run(
+        State(program, REGISTRY, task, machine), steps, dump=Path(dump) if dump else None, print_after=print_after,
+        stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir,
+    )  # fmt: skip
+    made, missing = generate_kernels(outcome.state.program, machine, task)
+    return Plan.of(
+        outcome.state.program, model=name, config=config.to_hf_dict(), parameters=_parameters(config), job=task,
+        pipeline=pipeline.show(steps), notes=outcome.notes, reports=outcome.reports,
+        weights=_stored(outcome.state.program), memory=_memory(outcome.state.buffers, machine), kernels=made,
+        missing_kernels=missing, buffers=_buffers(outcome.state.buffers), steps=outcome.steps,
+    )  # fmt: skip
+
+
+def load(plan: Plan | PathLike, weights: PathLike | None = None, seed: int = 0) -> Session:
+    """A session that executes a plan (or the file that holds it). `weights`: a Hugging Face directory, or None to draw
+    them from `seed`."""
+    from dsv3c.runtime.session import Session
+
+    return Session(plan if isinstance(plan, Plan) else load_plan(plan), os.fspath(weights) if weights else None, seed)
+
+
+def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks_per_node: int, seq: int | None,
+             micro_batch: int, global_batch: int | None, precision: str | None, schedule: str,
+             expert_headroom: float, kernels: str, implementations: str, allow_oversize: bool,
+             recipe: Recipe | None) -> Job:  # fmt: skip
+    """The job that the flags describe, with the defaults filled in.
+
+    Raises InputError for a value that is out of range or does not fit the model or the target.
+    """
+    _choice("--job", kind, JOBS)
+    _choice("--kernels", kernels, ("none", "source", "binary"))
+    _choice("--implementations", implementations, ("auto", "generated", "library"))
+    _choice("--schedule", schedule, ("auto", "dualpipe", "dualpipev", "zb1p", "1f1b"))
+    chosen = precision or target.precision
+    _choice("--precision", chosen, PRECISIONS)
+    if chosen == "fp64" and target.device != "cpu":
+        raise InputError(f"--precision fp64 runs on --target cpu only, not on {target.name}")
+    if chosen == "fp8" and target.device == "cpu":
+        raise InputError("--precision fp8 is for the Hopper targets; --target cpu takes fp32, bf16 or fp64")
+    axes = parse_mesh(mesh)
+    length = min(4096, config.max_position_embeddings) if seq is None else seq
+    batch = micro_batch * axes.dp if global_batch is None else global_batch
+    for flag, value in (("--seq", length), ("--micro-batch", micro_batch), ("--global-batch", batch), ("--ranks-per-node", ranks_per_node)):
+        if value < 1:
+            raise InputError(f"{flag} {value} must be at least 1")
+    if length > config.max_position_embeddings:
+        raise InputError(f"--seq {length} exceeds the model's {config.max_position_embeddings} positions (max_position_embeddings)")
+    if batch % (micro_batch * axes.dp):
+        raise InputError(f"--global-batch {batch} is not a multiple of micro-batch × dp = {micro_batch * axes.dp} sequences")
+    if expert_headroom < 1:
+        raise InputError(f"--expert-headroom {expert_headroom} must be at least 1, the balanced load")
+    return Job(kind, target.name, chosen, length, micro_batch, batch, axes, ranks_per_node, schedule, expert_headroom,
+               kernels, implementations, allow_oversize, recipe or Recipe())  # fmt: skip
+
+
+def generate_kernels(program: Program, target: Target, job: Job) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
+    """Code for every region that a graph calls, and the names of those that the target has no generator for."""
+    called = dict.fromkeys(str(n.attr("graph")) for g in program.graphs for n in g.nodes if n.op == "call")
+    made: list[Kernel] = []
+    missing: list[str] = []
+    for name in called:
+        kernel = None if job.kernels == "none" else target.generate(program.graph(name), job.sizes, job.kernels)
+        if kernel is None:
+            missing.append(name)
+        else:
+            made.append(kernel)
+    return tuple(made), tuple(missing)
+
+
+def _choice(flag: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{flag} {value} is unknown; {did_you_mean(value, known)}")
+
+
+def _parameters(config: ModelConfig) -> Parameters:
+    counts = parameter_count(config)
+    return Parameters(counts.total, counts.active_without_embedding, counts.mtp_own)
+
+
+def _stored(program: Program) -> tuple[StoredWeight, ...]:
+    return tuple(StoredWeight(w.name, str(w.type.dtype), w.type.bound({})) for w in program.weights)
+
+
+def _memory(buffers: BufferPlan | None, target: Target) -> Memory:
+    if buffers is None:
+        return Memory(0, tuple((k, 0) for k in MEMORY_KINDS), (), target.machine.memory_bytes)
+    peak = buffers.peak
+    kinds = tuple((k, int(getattr(peak, k))) for k in MEMORY_KINDS)
+    return Memory(peak.peak, kinds, tuple(r.peak for r in buffers.ranks), target.machine.memory_bytes)
+
+
+def _buffers(buffers: BufferPlan | None) -> dict[str, object]:
+    if buffers is None:
+        return {}
+    return {
+        s.sequence: {
+            "peak": s.peak,
+            "workspace": s.workspace,
+            "slots": [[x.name, x.offset, x.size, x.start, x.end] for x in s.slots],
+            "graphs": {n: [[x.name, x.offset, x.size, x.start, x.end] for x in g.slots] for n, g in s.graphs.items()},
+        }
+        for s in buffers.sequences
+    }
+
+
+def override_recipe(recipe: Recipe, **changes: float) -> Recipe:
+    """A recipe with some fields replaced. Raises InputError for an unknown one."""
+    known = {f.name for f in fields(Recipe)}
+    for name in changes:
+        if name not in known:
+            raise InputError(f"unknown recipe field '{name}'; {did_you_mean(name, known)}")
+    return replace(recipe, **changes)
+
+
+__all__ = ["Model", "compile", "generate_kernels", "load", "make_job", "override_recipe"]

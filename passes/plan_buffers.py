@@ -1,0 +1,94 @@
+"""Lay out memory: lifetimes, offsets and the peak bytes of every rank; refuse what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout
+from dsv3c.errors import InputError
+from dsv3c.ir import DType, Program, Sequence
+from dsv3c.state import Pass, State, TakeNote
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class PlanBuffers(Pass):
+    """Place every tensor of every sequence and add up each rank's memory; refuse what does not fit the machine.
+
+    `check=false` plans what does not fit all the same. Bytes are those of the job's sizes at balanced expert load.
+    """
+
+    name: ClassVar[str] = "plan_buffers"
+    check: bool = True
+
+    def run(self, state: State, note: TakeNote) -> State:
+        if state.job is None or not state.program.sequences:
+            note("kept", "program", "without a job's sizes there is nothing to lay out")
+            return state
+        program, sizes = state.program, state.sizes
+        layouts = tuple(
+            sequence_layout(program, s, state.registry, sizes_of(s, sizes), outside=frozenset(n for n, _ in s.gradients).__contains__)
+            for s in program.sequences
+            if s.name == "prologue" or s.name == main_sequence(state)
+        )
+        memory = rank_memory(program, layouts, state)
+        plan = BufferPlan(layouts, (memory,))
+        note("planned", "memory", memory_table(plan).replace("\n", "; "))
+        allow = state.job.allow_oversize or not self.check
+        if state.machine is not None and plan.peak.peak > state.machine.memory_bytes:
+            table = memory_table(plan)
+            limit = f"{state.machine.memory_bytes / GIB:.1f} GiB"
+            if not allow:
+                raise InputError(
+                    f"this job needs {plan.peak.peak / GIB:.1f} GiB on a rank of {state.machine.name}, which has {limit}:\n"
+                    f"{table}\nUse a larger --mesh, a smaller --micro-batch or --seq, or --allow-oversize to plan it all the same."
+                )
+            note("oversize", "memory", f"{plan.peak.peak / GIB:.1f} GiB are needed, {limit} are there")
+        return state.but(buffers=plan)
+
+
+def main_sequence(state: State) -> str:
+    """The sequence that a job spends its time in."""
+    assert state.job is not None
+    return state.job.kind if state.program.has_sequence(state.job.kind) else state.program.sequences[0].name
+
+
+def sizes_of(sequence: Sequence, sizes: dict[str, int]) -> dict[str, int]:
+    """Decoding handles one new token per sequence; all else the job's sizes."""
+    return {**sizes, "S": 1} if sequence.name == "decode" else sizes
+
+
+def rank_memory(program: Program, layouts: tuple[SequenceLayout, ...], state: State) -> RankMemory:
+    """Bytes of one rank that holds the whole model."""
+    job = state.job
+    assert job is not None
+    stored = sum(w.type.bytes() for w in program.weights)
+    trained = [w for w in program.weights if w.group != "state"]
+    gradients = optimizer = 0
+    if job.kind == "train":
+        gradients = sum(w.type.bytes() for w in trained)
+        moment = 64 if job.dtype is DType.f64 else 16
+        optimizer = sum(2 * w.type.with_dtype(DType.f64 if moment == 64 else DType.bf16).bytes() for w in trained)
+    prologue = sum(y.bytes for y in layouts if y.sequence == "prologue")
+    activations = max((y.bytes for y in layouts if y.sequence != "prologue"), default=0) + _cache_bytes(program, state)
+    return RankMemory(0, stored + prologue, gradients, optimizer, activations, 0)
+
+
+def _cache_bytes(program: Program, state: State) -> int:
+    name = main_sequence(state)
+    sequence = program.sequence(name)
+    total = 0
+    for layer in sequence.layers:
+        for value, bound in zip(program.graph(layer.graph).inputs, layer.inputs, strict=True):
+            if bound.startswith("cache.") and bound in sequence.inputs:
+                total += value.type.bytes(state.sizes)
+    return total
+
+
+def memory_table(plan: BufferPlan) -> str:
+    """What the fullest rank holds, one line per kind."""
+    rank = plan.peak
+    kinds = ("weights", "gradients", "optimizer", "activations", "communication")
+    return "\n".join(f"{kind}: {getattr(rank, kind) / GIB:.2f} GiB" for kind in kinds)
