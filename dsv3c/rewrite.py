@@ -39,6 +39,21 @@ def pure(node: Node, registry: Registry, graphs: Mapping[str, Graph] | None = No
     return all(pure(n, registry, graphs) for n in _called(node, graphs or {}).nodes)
 
 
+def is_view(node: Node, registry: Registry) -> bool:
+    """Whether `node` only looks at its first input in another way, so that running it twice costs nothing."""
+    return node.op != CALL and registry[node.op].view and pure(node, registry) and len(node.outputs) == 1
+
+
+def called(graph: Graph) -> tuple[str, ...]:
+    """Names of the graphs that `graph` calls, each once, in order."""
+    return tuple(dict.fromkeys(str(n.attr("graph")) for n in graph.nodes if n.op == CALL))
+
+
+def place_of(node: Node) -> str:
+    """What a note calls `node`: its path in the model, or its first value where it has none."""
+    return node.path or node.outputs[0].name
+
+
 def live(graph: Graph, registry: Registry, graphs: Mapping[str, Graph] | None = None) -> set[int]:
     """Indices of the nodes that the results need, and of those that have an effect with all that they need."""
     needed = {v.name for v in graph.results}

@@ -1,4 +1,4 @@
-"""Split each joint graph into F, B and W graphs, derive what each hands to the next, and write out the backward pass."""
+"""Split each joint graph into F, B and W graphs, derive what each hands on, and write out the backward pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dsv3c.build import Builder
 from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Type, Value
 from dsv3c.op import Registry
 from dsv3c.passes.differentiate import JOINT
+from dsv3c.rewrite import is_view
 from dsv3c.state import Cut as CutRecord
 from dsv3c.state import Pass, State, TakeNote
 
@@ -19,7 +20,8 @@ class Cut(Pass):
     """Split joint graphs into F, B and W and derive the three saved lists.
 
     Each layer of a differentiated sequence becomes three: F in order, then B and W in reverse order, bound by what
-    is saved from F to B, from F to W and from B to W. Cotangents of a value e are called `d:e`.
+    is saved from F to B, from F to W and from B to W. Each takes only the parameters it reads. The cotangent of a
+    value e is called `d:e`. What a prologue computes is there anyway and does not count as saved.
     """
 
     name: ClassVar[str] = "cut"
@@ -29,15 +31,21 @@ class Cut(Pass):
         joints = [g for g in program.graphs if g.name.endswith(JOINT)]
         if not joints:
             return state
-        pieces = {g.name.removesuffix(JOINT): split(g, state.registry) for g in joints}
+        hoisted = _hoisted(program)
+        shared = {y.graph for s in program.sequences if not s.losses for y in s.layers}
+        pieces: dict[str, Pieces] = {}
+        for g in joints:
+            name = g.name.removesuffix(JOINT)
+            pieces[name] = split(g, state.registry, hoisted.get(name, frozenset()))
         for name, piece in pieces.items():
-            for what, values in (("F to B", piece.record.f_to_b), ("F to W", piece.record.f_to_w), ("B to W", piece.record.b_to_w)):
+            r = piece.record
+            for what, values in (("F to B", r.f_to_b), ("F to W", r.f_to_w), ("B to W", r.b_to_w)):
                 note("saved", f"{name} {what}", ", ".join(values) or "nothing")
         graphs: list[Graph] = []
         for g in program.graphs:
             if g.name.endswith(JOINT):
                 graphs += [p for p in pieces[g.name.removesuffix(JOINT)].graphs if p is not None]
-            elif g.name not in pieces:
+            elif g.name not in pieces or g.name in shared:
                 graphs.append(g)
         sequences, sums = [], dict[str, Graph]()
         for s in program.sequences:
@@ -54,12 +62,27 @@ class Pieces:
     record: CutRecord
 
 
-def split(joint: Graph, registry: Registry) -> Pieces:
-    """Cut one joint graph. A view of a saved value is taken again where it is needed, so that its base is saved."""
+def _hoisted(program: Program) -> dict[str, frozenset[str]]:
+    """Inputs of each graph that every layer takes from the prologue."""
+    if not program.has_sequence("prologue"):
+        return {}
+    made = set(program.sequence("prologue").results)
+    found: dict[str, set[str]] = {}
+    for layer in (y for s in program.sequences for y in s.layers):
+        mine = {v.name for v, name in zip(program.graph(layer.graph).inputs, layer.inputs, strict=True) if name in made}
+        found[layer.graph] = found.get(layer.graph, mine) & mine
+    return {name: frozenset(values) for name, values in found.items()}
+
+
+def split(joint: Graph, registry: Registry, hoisted: frozenset[str] = frozenset()) -> Pieces:
+    """Cut one joint graph. A view of a saved value is taken again where it is needed, so that its base is saved.
+
+    The inputs called `hoisted` do not count as saved.
+    """
     name = joint.name.removesuffix(JOINT)
     producers = joint.producers
     params = {v.name for v in joint.params}
-    weights = {v.name for v in joint.weights}
+    lasting = {v.name for v in joint.weights} | hoisted
     own = {p: [n for n in joint.nodes if n.phase is p] for p in Phase}
     backward, b_needs = _with_views(own[Phase.B], Phase.B, producers, registry)
     weight, w_needs = _with_views(own[Phase.W], Phase.W, producers, registry)
@@ -70,14 +93,18 @@ def split(joint: Graph, registry: Registry) -> Pieces:
     made_b = {v.name for n in backward for v in n.outputs}
 
     def made_by_f(values: dict[str, Value]) -> list[Value]:
-        return [v for v in values.values() if v.name not in cotangents and v.name not in made_b and v.name not in weights]
+        later = cotangents | made_b | lasting
+        return [v for v in values.values() if v.name not in later]
 
     f_to_b, f_to_w = made_by_f(b_needs), made_by_f(w_needs)
     from_b = [v for v in w_needs.values() if v.name in made_b or v.name in cotangents]
     b_to_w = [v for v in from_b if v.name not in cotangents]
     saved = [v for v in dict.fromkeys((*f_to_b, *f_to_w)) if v.name not in params and v not in primal]
-    forward = Graph(f"{name}_F", tuple(v for v in joint.inputs if v.name not in cotangents),
-                    joint.weights, tuple(own[Phase.F]), (*primal, *saved))  # fmt: skip
+    read = {v.name for n in own[Phase.F] for v in n.inputs}
+    forward = Graph(
+        f"{name}_F", tuple(v for v in joint.inputs if v.name in read),
+        tuple(v for v in joint.weights if v.name in read), tuple(own[Phase.F]), (*primal, *saved),
+    )  # fmt: skip
     b_results = [v for v in d_results if producers[v.name].phase is Phase.B]
     w_results = [v for v in d_results if producers[v.name].phase is Phase.W]
     record = CutRecord(
@@ -103,7 +130,7 @@ def _with_views(nodes: list[Node], phase: Phase, producers: Mapping[str, Node],
         producer = producers.get(v.name)
         if v.name in made or v.name in views or v.name in needs:
             return
-        if producer is not None and producer.op != "call" and registry[producer.op].view and len(producer.outputs) == 1:
+        if producer is not None and is_view(producer, registry):
             for w in producer.inputs:
                 need(w)
             views[v.name] = replace(producer, phase=phase)
@@ -140,9 +167,13 @@ def backward_sequence(sequence: Sequence, program: Program, pieces: dict[str, Pi
         if piece is None or piece.graphs[0] is None:
             forward.append(layer)
             continue
-        f = piece.graphs[0]
+        f, whole = piece.graphs[0], program.graph(layer.graph)
+        given = dict(zip((v.name for v in whole.params), layer.inputs + layer.weights, strict=True))
         saved = tuple(f"{layer.name}:{v.name}" for v in f.results[len(layer.outputs) :])
-        forward.append(replace(layer, graph=f.name, outputs=layer.outputs + saved))
+        forward.append(replace(
+            layer, graph=f.name, inputs=tuple(given[v.name] for v in f.inputs),
+            weights=tuple(given[v.name] for v in f.weights), outputs=layer.outputs + saved,
+        ))  # fmt: skip
     for layer in reversed(sequence.layers):
         piece = pieces.get(layer.graph)
         if piece is None:
@@ -159,12 +190,16 @@ def backward_sequence(sequence: Sequence, program: Program, pieces: dict[str, Pi
         for v in joint.results[len(graph.results) :]:
             param = v.name.removeprefix("d_")
             if param in bound:
-                names[v.name] = f"d:{bound[param]}@{layer.name}"
+                twice = layer.weights.count(bound[param]) > 1
+                names[v.name] = f"d:{bound[param]}@{layer.name}{'.' + param if twice else ''}"
                 gradients.append((names[v.name], bound[param]))
             else:
-                known = partial.setdefault(env[param], [])
-                readers = sum(env[param] in other.inputs for other in sequence.layers)
-                names[v.name] = f"d:{env[param]}@{layer.name}" if readers > 1 else f"d:{env[param]}"
+                value = env[param]
+                known = partial.setdefault(value, [])
+                here, readers = layer.inputs.count(value), sum(y.inputs.count(value) for y in sequence.layers)
+                part_of = f"{layer.name}.{param}" if here > 1 else layer.name
+                alone = readers == 1 and value not in sequence.losses
+                names[v.name] = f"d:{value}" if alone else f"d:{value}@{part_of}"
                 known.append(names[v.name])
         for phase, part in ((Phase.B, piece.graphs[1]), (Phase.W, piece.graphs[2])):
             if part is None:
@@ -188,7 +223,7 @@ def _summed(value: str, type: Type, partial: dict[str, list[str]], layer: Layer,
     total = parts[0]
     for i, part in enumerate(parts[1:]):
         graph = _sum_graph(type, sums, registry)
-        name = f"d:{value}" if i == len(parts) - 2 else f"d:{value}+{i}"
+        name = f"d:{value}+{i}" if i < len(parts) - 2 or f"d:{value}" in parts else f"d:{value}"
         backward.append(Layer(f"{layer.name}.sum", graph.name, (total, part), (), (name,), Phase.B))
         total = name
     return total

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dsv3c.build import Builder
-from dsv3c.ir import Graph, IRError, Node, Phase, Program, Value
+from dsv3c.ir import Graph, IRError, Phase, Program, Value
 from dsv3c.op import Registry
 from dsv3c.rewrite import ancestors, rename
 from dsv3c.state import Pass, State, TakeNote
