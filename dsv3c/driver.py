@@ -96,13 +96,22 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
     axes = parse_mesh(mesh)
     length = min(4096, config.max_position_embeddings) if seq is None else seq
     batch = micro_batch * axes.dp if global_batch is None else global_batch
-    for flag, value in (("--seq", length), ("--micro-batch", micro_batch), ("--global-batch", batch), ("--ranks-per-node", ranks_per_node)):
+    for flag, value in (
+        ("--seq", length),
+        ("--micro-batch", micro_batch),
+        ("--global-batch", batch),
+        ("--ranks-per-node", ranks_per_node),
+    ):
         if value < 1:
             raise InputError(f"{flag} {value} must be at least 1")
     if length > config.max_position_embeddings:
-        raise InputError(f"--seq {length} exceeds the model's {config.max_position_embeddings} positions (max_position_embeddings)")
+        raise InputError(
+            f"--seq {length} exceeds the model's {config.max_position_embeddings} positions (max_position_embeddings)"
+        )
     if batch % (micro_batch * axes.dp):
-        raise InputError(f"--global-batch {batch} is not a multiple of micro-batch × dp = {micro_batch * axes.dp} sequences")
+        raise InputError(
+            f"--global-batch {batch} is not a multiple of micro-batch × dp = {micro_batch * axes.dp} sequences"
+        )
     if expert_headroom < 1:
         raise InputError(f"--expert-headroom {expert_headroom} must be at least 1, the balanced load")
     return Job(kind, target.name, chosen, length, micro_batch, batch, axes, ranks_per_node, schedule, expert_headroom,

@@ -148,13 +148,15 @@ def expect(condition: bool, reason: str) -> None:
 def expect_float(*types: Type) -> None:
     """Raise IRError unless all `types` are floating point."""
     for t in types:
-        expect(t.dtype.is_float, f"expected a floating-point tensor, got {t}")
+        if not t.dtype.is_float:
+            raise IRError(f"expected a floating-point tensor, got {t}")
 
 
 def expect_integer(*types: Type) -> None:
     """Raise IRError unless all `types` are i32 or i64."""
     for t in types:
-        expect(t.dtype in (DType.i32, DType.i64), f"expected an integer tensor, got {t}")
+        if t.dtype not in (DType.i32, DType.i64):
+            raise IRError(f"expected an integer tensor, got {t}")
 
 
 class Registry:

@@ -44,7 +44,7 @@ def _comment(node: Node) -> str:
 def show_program(program: Program) -> str:
     """The text of a program; of one that is a single graph, the text of that graph."""
     parts = [show_graph(g) for g in program.graphs]
-    if program.sequences or program.weights or len(program.graphs) != 1:
+    if program.sequences or program.weights or [g.name for g in program.graphs] != [program.name]:
         parts.insert(0, f"name = {program.name!r}\n")
     if program.weights:
         rows = [(w.name, str(w.type), w.init, w.std, w.group) for w in program.weights]
@@ -98,10 +98,12 @@ class _Parser:
         return IRError(f"{self.file}:{line}:{column + 1}: {reason}\n  {source}\n  {' ' * column}^")
 
     def error(self, tree: ast.AST, reason: str) -> IRError:
-        return self.error_at(getattr(tree, "lineno", 1), getattr(tree, "col_offset", 0), reason)
+        line, column = getattr(tree, "lineno", 1), getattr(tree, "col_offset", 0)
+        before = self.lines[line - 1].encode()[:column] if line <= len(self.lines) else b""
+        return self.error_at(line, len(before.decode(errors="ignore")), reason)
 
     def program(self) -> Program:
-        name, weights, sequences = "program", (), ()  # type: tuple[str, tuple[Weight, ...], tuple[Sequence, ...]]
+        name, weights, sequences = "", (), ()  # type: tuple[str, tuple[Weight, ...], tuple[Sequence, ...]]
         for statement in self.tree.body:
             match statement:
                 case ast.FunctionDef():
@@ -117,8 +119,7 @@ class _Parser:
                     raise self.error(statement, "expected 'def graph(...):', 'name =', 'weights =' or 'sequences ='")
         if not self.graphs:
             raise self.error_at(1, 0, "no graph here; expected 'def name(x: f32[4]):'")
-        if not weights and not sequences and len(self.graphs) == 1:
-            name = next(iter(self.graphs))
+        name = name or (next(iter(self.graphs)) if len(self.graphs) == 1 else "program")
         program = Program(name, tuple(self.graphs.values()), sequences, weights)
         verify_program(program, self.registry)
         return program
@@ -131,22 +132,37 @@ class _Parser:
 
     def weight(self, tree: ast.expr) -> Weight:
         match self.literal(tree):
-            case (str(name), str(type_text), str(init), float(std), str(group)):
-                return Weight(name, self.type(ast.parse(type_text, mode="eval").body, tree), init, std, group)
+            case (str(name), str(text), str(init), (float() | int()) as std, str(group)):
+                try:
+                    type_tree = ast.parse(text, mode="eval").body
+                except (SyntaxError, ValueError):
+                    raise self.error(tree, f"expected a type such as bf16[B, S, 256], got {text!r}") from None
+                return Weight(name, self.type(type_tree, tree), init, float(std), group)
         raise self.error(tree, "expected (name, type, init, std, group)")
 
     def sequence(self, tree: ast.expr) -> Sequence:
         match self.literal(tree):
             case (str(name), tuple(inputs), tuple(results), tuple(losses), tuple(gradients), tuple(rows)):
+                pairs = tuple(self.names(tree, pair, 2) for pair in gradients)
+                reads, gives, scalars = (self.names(tree, group) for group in (inputs, results, losses))
                 layers = tuple(self.layer(tree, row) for row in rows)
-                return Sequence(name, inputs, layers, results, losses, gradients)  # type: ignore[arg-type]
+                return Sequence(name, reads, layers, gives, scalars, pairs)  # type: ignore[arg-type]
         raise self.error(tree, "expected (name, inputs, results, losses, gradients, [layers])")
 
     def layer(self, tree: ast.expr, row: Attr) -> Layer:
         match row:
             case (("F" | "B" | "W") as phase, str(name), str(graph), tuple(inputs), tuple(weights), tuple(outputs)):
-                return Layer(name, graph, inputs, weights, outputs, Phase(phase))  # type: ignore[arg-type]
+                reads, binds, writes = (self.names(tree, g) for g in (inputs, weights, outputs))
+                return Layer(name, graph, reads, binds, writes, Phase(phase))
         raise self.error(tree, "expected a layer (phase, name, graph, inputs, weights, outputs)")
+
+    def names(self, tree: ast.expr, value: Attr, count: int | None = None) -> tuple[str, ...]:
+        if not isinstance(value, tuple) or (count is not None and len(value) != count):
+            raise self.error(tree, f"expected {'names' if count is None else f'{count} names'}, got {value!r}")
+        for name in value:
+            if not isinstance(name, str):
+                raise self.error(tree, f"expected a name, got {name!r}")
+        return tuple(map(str, value))
 
     def type(self, tree: ast.expr, at: ast.AST | None = None) -> Type:
         match tree:
@@ -155,20 +171,29 @@ class _Parser:
                     raise self.error(at or tree, f"unknown element type '{dtype}'; known: {', '.join(DTYPES)}")
                 dims = inner.elts if isinstance(inner, ast.Tuple) else [inner]
                 try:
-                    return Type(DTYPES[dtype], tuple(map(parse_dim, dims)))
+                    shape = tuple(map(parse_dim, dims))
                 except ValueError as error:
                     raise self.error(at or tree, str(error)) from None
+                for dim in shape:
+                    if isinstance(dim, int) and dim < 0:
+                        raise self.error(at or tree, f"the dimension {dim} is negative")
+                return Type(DTYPES[dtype], shape)
         raise self.error(at or tree, "expected a type such as bf16[B, S, 256]")
 
     def graph(self, tree: ast.FunctionDef) -> Graph:
         if tree.name in self.graphs:
             raise self.error(tree, f"the graph '{tree.name}' is defined twice")
+        a = tree.args
+        if a.vararg or a.kwarg or a.defaults or any(a.kw_defaults) or tree.decorator_list or tree.returns:
+            raise self.error(tree, "a graph has typed parameters only: no defaults, decorators or '-> type'")
         env: dict[str, Value] = {}
         inputs = tuple(self.param(a, env) for a in (*tree.args.posonlyargs, *tree.args.args))
         weights = tuple(self.param(a, env) for a in tree.args.kwonlyargs)
         nodes: list[Node] = []
         results: tuple[Value, ...] | None = None
         for statement in tree.body:
+            if results is not None:
+                raise self.error(statement, "nothing may follow 'return'")
             match statement:
                 case ast.Assign(targets=[target], value=ast.Call(func=ast.Name(id=op)) as call):
                     nodes.append(self.node(statement, target, op, call, env))

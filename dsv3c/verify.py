@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 
-from dsv3c.ir import Graph, IRError, Node, Program, Type, Value
+from dsv3c.ir import Attr, Graph, IRError, Node, Program, Type, Value
 from dsv3c.op import Registry
 
 NEIGHBOURS = 4
@@ -35,6 +36,9 @@ def verify(graph: Graph, registry: Registry, graphs: Mapping[str, Graph] | None 
     """
     graphs = graphs or {}
     known: dict[str, Value] = {}
+    for name in (graph.name, *(v.name for v in graph.values())):
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise IRError(f"{graph.name}: '{name}' cannot be a name; use letters, digits and _, and no Python keyword")
     for v in graph.params:
         if v.name in known:
             raise IRError(f"{graph.name}: the parameter '{v.name}' is declared twice")
@@ -80,7 +84,7 @@ def verify_program(program: Program, registry: Registry, before: Program | None 
             verify(graph, registry, graphs)
     weights = {w.name: w for w in program.weights}
     for sequence in program.sequences:
-        known = set(sequence.inputs)
+        known: dict[str, Type | None] = dict.fromkeys(sequence.inputs)
         for layer in sequence.layers:
             where = f"{program.name}: layer '{layer.name}' of '{sequence.name}'"
             if layer.graph not in graphs:
@@ -90,18 +94,22 @@ def verify_program(program: Program, registry: Registry, before: Program | None 
             expected = (len(graph.inputs), len(graph.weights), len(graph.results))
             if counts != expected:
                 raise IRError(f"{where} binds {counts} inputs, weights and results, '{graph.name}' has {expected}")
-            for name in layer.inputs:
+            for name, v in zip(layer.inputs, graph.inputs, strict=True):
                 if name not in known and name not in weights:
                     raise IRError(f"{where} reads '{name}', which no earlier layer writes")
+                if name in known and (known[name] or v.type) != v.type:
+                    raise IRError(f"{where} reads '{name}', which is {known[name]}, as {v.name}: {v.type}")
+                if name in known:
+                    known[name] = v.type
             for name, v in zip(layer.weights, graph.weights, strict=True):
                 if name not in weights:
                     raise IRError(f"{where} binds the unknown weight '{name}'")
                 if weights[name].type.shape != v.type.shape:
                     raise IRError(f"{where} binds {name} of shape {weights[name].type} to {v.name}: {v.type}")
-            for name in layer.outputs:
+            for name, v in zip(layer.outputs, graph.results, strict=True):
                 if name in known:
                     raise IRError(f"{where} writes '{name}' a second time")
-                known.add(name)
+                known[name] = v.type
         for name in (*sequence.results, *sequence.losses):
             if name not in known:
                 raise IRError(f"{program.name}: '{sequence.name}' returns '{name}', which no layer writes")
@@ -120,8 +128,15 @@ def node_error(graph: Graph, index: int, message: str) -> IRError:
 
 def show_node(node: Node) -> str:
     """One node as text, without its types."""
-    arguments = [v.name for v in node.inputs] + [f"{k}={v!r}" for k, v in node.attrs]
+    arguments = [v.name for v in node.inputs] + [f"{k}={_literal(v)}" for k, v in node.attrs]
     return f"{', '.join(v.name for v in node.outputs)} = {node.op}({', '.join(arguments)})"
+
+
+def _literal(value: Attr) -> str:
+    """`value` as Python reads it back; infinity has no literal of its own."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_literal, value))}{',' * (len(value) == 1)})"
+    return repr(value).replace("inf", "1e999") if isinstance(value, float) else repr(value)
 
 
 def _types(types: tuple[Type, ...]) -> str:

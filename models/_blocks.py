@@ -88,7 +88,9 @@ def attention(b: Builder, x: Value, rope: Rope, config: ModelConfig, style: Styl
             weight = b.weight("kv_norm", style.vector(rank))
             compressed = b.rms_norm(compressed, weight, eps=LATENT_EPS, out="compressed")
         with b.path("rotary"):
-            k_rope = b.rotary(k_rope, rope.cos, rope.sin, out="k_rope", interleave=config.rope_interleave, inverse=False)
+            k_rope = b.rotary(
+                k_rope, rope.cos, rope.sin, out="k_rope", interleave=config.rope_interleave, inverse=False
+            )
         kv_b = style.weight(b, "kv_b", heads * (nope + value), rank)
         if cache is not None:
             with b.path("cache"):

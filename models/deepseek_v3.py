@@ -84,7 +84,10 @@ def block_graph(config: ModelConfig, style: Style, name: str, moe: bool, first: 
 
 def head_graph(config: ModelConfig, style: Style, name: str, loss: bool, hidden_result: bool = False,
                last: bool = False) -> Graph:  # fmt: skip
-    """(residual, delta) -> loss (with labels) or logits; for an MTP module to follow, also the hidden state."""
+    """(residual, delta) -> loss (with labels) or logits; for an MTP module to follow, also the normed hidden state.
+
+    The report leaves open whether that state is normed; serving the released weights takes it after the norm.
+    """
     b = Builder(REGISTRY, name)
     residual = b.input("residual", style.activation(config.hidden_size))
     delta = b.input("delta", style.activation(config.hidden_size))
@@ -99,7 +102,7 @@ def head_graph(config: ModelConfig, style: Style, name: str, loss: bool, hidden_
         if labels is None:
             return b.graph([logits])
         value, _lse = b.cross_entropy(logits, labels, out=("loss", "loss_lse"))
-    return b.graph([value, hidden] if hidden_result else [value])
+    return b.graph([value, x] if hidden_result else [value])
 
 
 def mtp_entry_graph(config: ModelConfig, style: Style) -> Graph:
@@ -121,7 +124,11 @@ def mtp_entry_graph(config: ModelConfig, style: Style) -> Graph:
 
 def attention_weights(config: ModelConfig, layer: str) -> tuple[str, ...]:
     """Names of a layer's attention weights, in the order in which `block_graph` declares them."""
-    q = ("q_proj.weight",) if config.q_lora_rank is None else ("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight")
+    q = (
+        ("q_proj.weight",)
+        if config.q_lora_rank is None
+        else ("q_a_proj.weight", "q_a_layernorm.weight", "q_b_proj.weight")
+    )
     rest = ("kv_a_proj_with_mqa.weight", "kv_a_layernorm.weight", "kv_b_proj.weight", "o_proj.weight")
     return (f"{layer}.input_layernorm.weight", *(f"{layer}.self_attn.{n}" for n in (*q, *rest)))
 
@@ -263,7 +270,9 @@ def inference_graphs(config: ModelConfig, style: Style, name: str) -> list[Graph
     return graphs
 
 
-def _weights_of(graphs: dict[str, Graph], sequences: list[Sequence], config: ModelConfig, wide: DType) -> tuple[Weight, ...]:
+def _weights_of(
+    graphs: dict[str, Graph], sequences: list[Sequence], config: ModelConfig, wide: DType
+) -> tuple[Weight, ...]:
     """Every weight once, in order of first use; stored in float32 (float64 in a float64 program)."""
     found: dict[str, Weight] = {}
     for layer in (layer for s in sequences for layer in s.layers):
@@ -309,7 +318,9 @@ def step_graphs(style: Style, job: Job) -> list[Graph]:
     b = Builder(REGISTRY, "update_bias")
     with b.path("moe.router"):
         e = Type(wide, (symbol("E"),))
-        graphs.append(b.graph([b.update_bias(b.input("bias", e), b.input("load", e), b.input("speed", scalar), out="bias_next")]))
+        graphs.append(
+            b.graph([b.update_bias(b.input("bias", e), b.input("load", e), b.input("speed", scalar), out="bias_next")])
+        )
     return graphs
 
 

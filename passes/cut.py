@@ -236,4 +236,3 @@ def _sum_graph(type: Type, sums: dict[str, Graph], registry: Registry) -> Graph:
         with b.at("accumulate", Phase.B):
             sums[key] = b.graph([b.add(b.input("x", type), b.input("y", type), out="sum")])
     return sums[key]
-

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dsv3c.ir import Graph, IRError, Node, Phase, Value
+from dsv3c.ir import Graph, Node, Phase, Value
 from dsv3c.op import Effect, Registry
-from dsv3c.rewrite import map_values
+from dsv3c.rewrite import map_values, outline
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.text import show_graph
 
@@ -37,26 +36,39 @@ class Fuse(Pass):
         return state.with_program(program.with_graphs((*new, *graphs)))
 
     def _fuse(self, graph: Graph, registry: Registry, regions: dict[str, Graph], note: TakeNote) -> Graph:
-        groups = Grouping(graph, registry, self.most_operands).groups()
-        chosen: list[list[int]] = []
-        for group in groups:
-            members = trimmed(graph, registry, group)
-            work = [i for i in members if not registry[graph.nodes[i].op].view]
+        alone: list[Node] = []
+        chosen: list[list[Node]] = []
+        for group in Grouping(graph, registry, self.most_operands).groups():
+            members = [graph.nodes[i] for i in trimmed(graph, registry, group)]
+            work = [n for n in members if not registry[n.op].view]
             if len(work) > 1 or (self.single and work):
                 chosen.append(members)
-        if not chosen:
-            return graph
-        calls: dict[int, Node] = {}
+            else:
+                alone += work
         for members in chosen:
-            region, inputs, results = outline(graph, members)
+            made = {v.name for n in members for v in n.outputs}
+            indices = [i for i, n in enumerate(graph.nodes) if any(v.name in made for v in n.outputs)]
+            found, outer = outline(graph, indices, "region")
+            region = named_by_content(found)
             regions.setdefault(region.name, region)
-            nodes = [graph.nodes[i] for i in members]
-            calls[members[-1]] = Node("call", inputs, (("graph", region.name),), results, nodes[-1].path, nodes[-1].phase,
-                                      nodes[-1].line)  # fmt: skip
-            note("fused", f"{graph.name}.{nodes[-1].path}", f"{' + '.join(n.op for n in nodes)} into {region.name}")
-        inside = {i for members in chosen for i in members}
-        nodes = [calls.get(i, n) for i, n in enumerate(graph.nodes) if i in calls or i not in inside]
-        return graph.but(nodes=topological(graph, nodes))
+            graph = outer.but(nodes=tuple(_call(n, region.name) if n.op == "call" else n for n in outer.nodes))
+            ops = " + ".join(n.op for n in members)
+            note("fused", f"{graph.name}.{members[-1].path}", f"{ops} into {region.name}")
+        for node in alone:
+            note("kept", f"{graph.name}.{node.path}", f"{node.op} has no row-wise neighbour to join, and single=false")
+        self._explain(graph, registry, note)
+        return graph
+
+    def _explain(self, graph: Graph, registry: Registry, note: TakeNote) -> None:
+        """Say why large nodes between regions stay apart: they are not row-wise."""
+        for node in graph.nodes:
+            if node.op != "call" and not registry[node.op].view and registry[node.op].rows is None:
+                note("kept", f"{graph.name}.{node.path}", f"{node.op} is not row-wise")
+
+
+def _call(node: Node, name: str) -> Node:
+    """The call of the region just outlined, under its final name."""
+    return replace(node, attrs=(("graph", name),)) if node.attr("graph") == "region" else node
 
 
 def space_edges(node: Node, registry: Registry) -> tuple[Value, ...]:
@@ -96,7 +108,11 @@ class Grouping:
                 if p is None or self.group[p] == self.group[i]:
                     continue
                 producer = self.graph.nodes[p]
-                if producer.phase is node.phase and is_rowwise(producer, self.registry) and v in row_results(producer, self.registry):
+                if (
+                    producer.phase is node.phase
+                    and is_rowwise(producer, self.registry)
+                    and v in row_results(producer, self.registry)
+                ):
                     self._join(p, i)
         found: dict[int, list[int]] = {}
         for i, node in enumerate(self.graph.nodes):
@@ -138,6 +154,7 @@ def trimmed(graph: Graph, registry: Registry, group: list[int]) -> list[int]:
     """The group without views at its ends: a view of a result, or one that others need as well, is free outside."""
     members = list(group)
     results = {v.name for v in graph.results}
+    order = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs}
     while True:
         inside = set(members)
         producers = {v.name for i in members for v in graph.nodes[i].outputs}
@@ -145,7 +162,7 @@ def trimmed(graph: Graph, registry: Registry, group: list[int]) -> list[int]:
             node = graph.nodes[i]
             if not registry[node.op].view:
                 continue
-            users = [graph.nodes.index(u) for v in node.outputs for u in graph.users[v.name]]
+            users = [order[u.outputs[0].name] for v in node.outputs for u in graph.users[v.name]]
             outside = any(u not in inside for u in users) or any(v.name in results for v in node.outputs)
             trailing = not any(u in inside for u in users)
             leading = not any(v.name in producers for v in node.inputs)
@@ -156,45 +173,15 @@ def trimmed(graph: Graph, registry: Registry, group: list[int]) -> list[int]:
             return members
 
 
-def outline(graph: Graph, members: list[int]) -> tuple[Graph, tuple[Value, ...], tuple[Value, ...]]:
-    """The region graph of some nodes, named by its content, with the values it reads and those it hands out."""
-    nodes = [graph.nodes[i] for i in members]
-    inside = set(members)
-    made = {v.name for n in nodes for v in n.outputs}
-    inputs = tuple(dict.fromkeys(v for n in nodes for v in n.inputs if v.name not in made))
-    needed = {v.name for v in graph.results}
-    for i, n in enumerate(graph.nodes):
-        if i not in inside:
-            needed.update(v.name for v in n.inputs)
-    results = tuple(v for n in nodes for v in n.outputs if v.name in needed)
+def named_by_content(region: Graph) -> Graph:
+    """The region with plain value names and a name of its own that depends on what it computes alone."""
     names: dict[str, Value] = {}
 
     def canonical(v: Value) -> Value:
-        if v.name not in names:
-            names[v.name] = Value(f"x{len(names)}", v.type)
-        return names[v.name]
+        return names.setdefault(v.name, Value(f"x{len(names)}", v.type))
 
-    plain = tuple(replace(n, path="", phase=Phase.F, line="") for n in nodes)
-    region = map_values(Graph("region", inputs, (), plain, results), canonical)
-    digest = hashlib.sha256(show_graph(region).encode()).hexdigest()[:8]
-    title = "_".join(dict.fromkeys(n.op for n in nodes))
-    return region.but(name=f"{title[:48].rstrip('_')}_{digest}"), inputs, results
-
-
-def topological(graph: Graph, nodes: Iterable[Node]) -> tuple[Node, ...]:
-    """`nodes` in an order in which each comes after what it reads, as close to the given one as that allows."""
-    waiting = list(nodes)
-    ready = {v.name for v in graph.params}
-    done: list[Node] = []
-    while waiting:
-        rest = []
-        for node in waiting:
-            if all(v.name in ready for v in node.inputs):
-                ready.update(v.name for v in node.outputs)
-                done.append(node)
-            else:
-                rest.append(node)
-        if len(rest) == len(waiting):
-            raise IRError(f"{graph.name}: the nodes {', '.join(n.op for n in rest[:4])} wait for each other")
-        waiting = rest
-    return tuple(done)
+    nodes = tuple(replace(n, path="", phase=Phase.F, line="") for n in region.nodes)
+    plain = map_values(region.but(name="region", nodes=nodes), canonical)
+    digest = hashlib.sha256(show_graph(plain).encode()).hexdigest()[:8]
+    title = "_".join(dict.fromkeys(n.op for n in region.nodes))
+    return plain.but(name=f"{title[:48].rstrip('_')}_{digest}")

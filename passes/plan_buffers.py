@@ -29,7 +29,13 @@ class PlanBuffers(Pass):
             return state
         program, sizes = state.program, state.sizes
         layouts = tuple(
-            sequence_layout(program, s, state.registry, sizes_of(s, sizes), outside=frozenset(n for n, _ in s.gradients).__contains__)
+            sequence_layout(
+                program,
+                s,
+                state.registry,
+                sizes_of(s, sizes),
+                outside=frozenset(n for n, _ in s.gradients).__contains__,
+            )
             for s in program.sequences
             if s.name == "prologue" or s.name == main_sequence(state)
         )

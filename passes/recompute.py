@@ -52,7 +52,11 @@ class Recompute(Pass):
             names = [v.name for v in node.outputs if v.name in again]
             if names:
                 seconds = node_seconds(node, registry, sizes, machine)
-                note("recomputed", f"{name}.{node.path}", f"{node.op} gives {', '.join(names)} again in {seconds * 1e6:.1f} µs")
+                note(
+                    "recomputed",
+                    f"{name}.{node.path}",
+                    f"{node.op} gives {', '.join(names)} again in {seconds * 1e6:.1f} µs",
+                )
         for v in kept:
             node = graph.producers[v.name]
             note("saved", f"{name}.{node.path}", f"{v.name}, {v.type.bytes(sizes) / 2**20:.2f} MiB")
@@ -77,7 +81,11 @@ def node_seconds(node: Node, registry: Registry, sizes: Mapping[str, int], machi
     outputs = tuple(Type(v.type.dtype, v.type.bound(sizes)) for v in node.outputs)
     cost = op.cost(bound, outputs, **dict(node.attrs))
     rate = machine.matrix_rate(node.inputs[0].type.dtype)
-    seconds = (bind(cost.flops, {}) / rate, bind(cost.vector_flops, {}) / machine.vector_flops, bind(cost.bytes, {}) / machine.memory_bandwidth)
+    seconds = (
+        bind(cost.flops, {}) / rate,
+        bind(cost.vector_flops, {}) / machine.vector_flops,
+        bind(cost.bytes, {}) / machine.memory_bandwidth,
+    )
     return max(seconds) + machine.latency
 
 
@@ -105,7 +113,11 @@ def cheapest(graph: Graph, registry: Registry, sizes: Mapping[str, int], machine
         for v in node.outputs:
             network.add_edge(("need", v.name), repeat, capacity=price * v.type.bytes(sizes) if repeatable else infinite)
         # A value that cannot be computed again is kept: its bytes are paid on the way to the sink.
-        cost = node_seconds(node, registry, sizes, machine) if repeatable else price * sum(v.type.bytes(sizes) for v in node.outputs)
+        cost = (
+            node_seconds(node, registry, sizes, machine)
+            if repeatable
+            else price * sum(v.type.bytes(sizes) for v in node.outputs)
+        )
         network.add_edge(repeat, "sink", capacity=cost)
         if repeatable:
             for v in node.inputs:
@@ -153,7 +165,9 @@ def with_recomputation(graph: Graph, registry: Registry, again: set[str]) -> Gra
     for n in graph.nodes:
         if n.phase is not Phase.F:
             backward.append(replace(n, inputs=tuple(repeated.get(v.name, v) for v in n.inputs)))
-    read_by_b = ancestors(graph.but(nodes=tuple(copies)), tuple(v for n in backward if n.phase is Phase.B for v in n.inputs))
+    read_by_b = ancestors(
+        graph.but(nodes=tuple(copies)), tuple(v for n in backward if n.phase is Phase.B for v in n.inputs)
+    )
     read = ancestors(graph.but(nodes=tuple(copies)), tuple(v for n in backward for v in n.inputs))
     used = [
         replace(n, phase=Phase.B if any(v.name in read_by_b for v in n.outputs) else Phase.W)
@@ -161,4 +175,3 @@ def with_recomputation(graph: Graph, registry: Registry, again: set[str]) -> Gra
         if any(v.name in read for v in n.outputs)
     ]
     return graph.but(nodes=(*forward, *used, *backward))
-

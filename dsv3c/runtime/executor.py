@@ -196,7 +196,9 @@ def _add_part(runner: Runner, part: torch.Tensor, total: torch.Tensor, add: bool
     runner.again.append(Step(lambda: total.add_(part), layer.name, node))  # type: ignore[arg-type, return-value]
 
 
-def _sinks(engine: Engine, sequence: Sequence, gradients: Mapping[str, torch.Tensor]) -> dict[str, tuple[str, torch.Tensor]]:
+def _sinks(
+    engine: Engine, sequence: Sequence, gradients: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[str, torch.Tensor]]:
     """Gradient values that a node can write straight into the weight's gradient: value -> (weight, tensor)."""
     weights = dict(sequence.gradients)
     sinks: dict[str, tuple[str, torch.Tensor]] = {}

@@ -212,7 +212,9 @@ class Session:
 
     def _train_sequence(self) -> Sequence:
         if not self.program.has_sequence("train"):
-            raise InputError(f"this plan was compiled for --job {self.plan.job.kind}; compile with --job train to train")
+            raise InputError(
+                f"this plan was compiled for --job {self.plan.job.kind}; compile with --job train to train"
+            )
         return self.program.sequence("train")
 
     def _check(self, tokens: torch.Tensor, extra: int = 0) -> tuple[int, int]:
@@ -221,7 +223,9 @@ class Session:
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
             raise InputError(f"tokens must be a LongTensor [B, S], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.shape[1] + extra > limit:
-            raise InputError(f"{tokens.shape[1]} tokens{f' and {extra} new ones' if extra else ''} exceed the model's {limit} positions")
+            raise InputError(
+                f"{tokens.shape[1]} tokens{f' and {extra} new ones' if extra else ''} exceed the model's {limit} positions"
+            )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab:
             raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab}")
@@ -239,7 +243,9 @@ class Session:
                 **caches, **self._hoisted(),
             }  # fmt: skip
             scalar = torch_dtype(self.weights.wide)
-            inputs |= {n: torch.zeros((), dtype=scalar, device=self.device) for n in sequence.inputs if n.startswith("d:")}
+            inputs |= {
+                n: torch.zeros((), dtype=scalar, device=self.device) for n in sequence.inputs if n.startswith("d:")
+            }
             inputs = {n: t for n, t in inputs.items() if n in sequence.inputs} | self.weights.tensors
             gradients = self.weights.gradients() if sequence.gradients else None
             sizes = {"B": batch, "S": length, "C": capacity}
@@ -269,7 +275,11 @@ class Session:
 
     def _set_losses(self, runner: Runner, sequence: Sequence, losses: tuple[str, ...], share: float) -> None:
         modules = max(1, self.config.num_nextn_predict_layers)
-        weights = {"loss.main": ("main", 1.0), "loss.mtp": ("mtp", self.recipe.mtp / modules), "balance": ("balance", self.recipe.balance)}
+        weights = {
+            "loss.main": ("main", 1.0),
+            "loss.mtp": ("mtp", self.recipe.mtp / modules),
+            "balance": ("balance", self.recipe.balance),
+        }
         for name in sequence.losses:
             kind, weight = next(w for prefix, w in weights.items() if name.startswith(prefix))
             runner.values[f"d:{name}"].fill_(weight * share if kind in losses else 0.0)
@@ -321,7 +331,11 @@ class Session:
             bias = next(n for n in layer.inputs if n in self.weights.tensors)
             by_layer[layer.name] = loads[name]
             load = self._scalars.setdefault(f"load.{bias}", torch.zeros_like(loads[name])).copy_(loads[name])
-            tensors = {"bias": self.weights.tensors[bias], "load": load, "speed": self._scalar("speed", self.recipe.bias_speed)}
+            tensors = {
+                "bias": self.weights.tensors[bias],
+                "load": load,
+                "speed": self._scalar("speed", self.recipe.bias_speed),
+            }
             self._graph(f"bias.{bias}", "update_bias", tensors, {"bias_next": self.weights.tensors[bias]}).run()
         return by_layer
 
