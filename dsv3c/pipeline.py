@@ -201,6 +201,17 @@ def _show_value(value: object) -> str:
 # ---- running ------------------------------------------------------------------------------------------------------
 
 
+def parse_sizes(text: str) -> dict[str, int]:
+    """`B=2,S=8` as a mapping. Raises InputError for what is no such list."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        name, _, value = (p.strip() for p in part.partition("="))
+        if not name.isidentifier() or not value.isdecimal() or int(value) < 1 or name in sizes:
+            raise InputError(f"sizes '{text}': '{part}' is not a symbol's value; write for example B=2,S=8")
+        sizes[name] = int(value)
+    return sizes
+
+
 def text_state(text: str, registry: Registry, *, file: str = "<text>", target: Target | None = None,
                precision: str | None = None, sizes: Mapping[str, int] | None = None) -> State:  # fmt: skip
     """The state that a program's text stands for, for example a dump.
