@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from dsv3c.errors import did_you_mean
 from dsv3c.ir import Attr, Graph, IRError, Node, Phase, Type, Value
 from dsv3c.op import Registry
 from dsv3c.verify import node_error, node_types
@@ -82,6 +83,8 @@ class Builder:
             shown = self.graph(self._inputs[:0])
             raise node_error(shown.but(nodes=(*shown.nodes, node)), len(shown.nodes), str(error)) from None
         names = out or (op,) * len(types)
+        if len(names) != len(types):
+            raise IRError(f"{self.name}: {op} has {len(types)} results, {len(names)} are named")
         outputs = tuple(Value(self._unique(n), t) for n, t in zip(names, types, strict=True))
         self._nodes.append(Node(op, inputs, pairs, outputs, node.path, self.phase, line))
         return outputs
@@ -94,7 +97,8 @@ class Builder:
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         if op.startswith("_") or (op != "call" and op not in self.registry):
-            raise AttributeError(f"no op is called '{op}'")
+            hint = "" if op.startswith("_") else f"; {did_you_mean(op, (o.name for o in self.registry))}"
+            raise AttributeError(f"no op is called '{op}'{hint}")
 
         def add(*inputs: Value, out: str | tuple[str, ...] = (), **attrs: Attr) -> Value | tuple[Value, ...]:
             caller = sys._getframe(1)

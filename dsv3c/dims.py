@@ -1,7 +1,8 @@
 """Tensor dimensions: plain `int` when concrete, an interned sympy expression over named symbols otherwise.
 
 sympy arithmetic costs 20 to 200 microseconds an operation, so every operation here is memoized and equal
-results are the same object; `simplify` is never called.
+results are the same object; `simplify` is never called. Products of sums are multiplied out, so that equal
+polynomials have one form.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _plain(expr: sympy.Expr) -> Dim:
 
 @functools.cache
 def _multiply(a: Dim, b: Dim) -> Dim:
-    return _plain(sympy.sympify(a) * b)
+    return _plain(sympy.expand(sympy.sympify(a) * b))
 
 
 @functools.cache
@@ -103,12 +104,17 @@ def bind(dim: Dim, sizes: Mapping[str, int]) -> int:
 @functools.cache
 def substitute(dim: Dim, name: str, by: Dim) -> Dim:
     """`dim` with the symbol called `name` replaced."""
-    return dim if isinstance(dim, int) else _plain(dim.subs(symbol(name), by))
+    return dim if isinstance(dim, int) else _plain(sympy.expand(dim.subs(symbol(name), by)))
+
+
+@functools.cache
+def _shown(dim: sympy.Expr) -> str:
+    return str(dim)
 
 
 def show(dim: Dim) -> str:
     """The text of a dimension; `parse` reads it back."""
-    return str(dim)
+    return str(dim) if isinstance(dim, int) else _shown(dim)
 
 
 def parse(tree: ast.expr) -> Dim:
@@ -131,10 +137,22 @@ def parse(tree: ast.expr) -> Dim:
             return multiply(parse(left), parse(right))
         case ast.BinOp(left=left, op=ast.Pow(), right=ast.Constant(value=int(power))) if power > 0:
             return multiply(*[parse(left)] * power)
-        case ast.Call(func=ast.Name(id="ceiling"), args=[ast.BinOp(left=left, op=ast.Div(), right=right)]):
-            divisor = parse(right)
-            if not isinstance(divisor, int):
-                raise ValueError("the divisor in ceiling(a/b) must be an integer")
-            return ceil_div(parse(left), divisor)
+        case ast.Call(func=ast.Name(id="ceiling"), args=[inner], keywords=[]):
+            return ceil_div(*_fraction(inner))
         case _:
             raise ValueError("expected a dimension: an integer, a name, or a sum or product of them")
+
+
+def _fraction(tree: ast.expr) -> tuple[Dim, int]:
+    """Numerator and denominator of what `ceiling` rounds: a sum of dimensions divided by integers."""
+    match tree:
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            divisor = parse(right)
+            if not isinstance(divisor, int) or divisor <= 0:
+                raise ValueError("the divisor in ceiling(a/b) must be a positive integer")
+            return parse(left), divisor
+        case ast.BinOp(left=left, op=ast.Add() | ast.Sub() as op, right=right):
+            (a, b), (c, d) = _fraction(left), _fraction(right)
+            return add(multiply(a, d), multiply(c, b, 1 if isinstance(op, ast.Add) else -1)), b * d
+        case _:
+            return parse(tree), 1

@@ -34,12 +34,12 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
 
-def table(positions: torch.Tensor, dim: int, yarn: dict[str, float] | None,
-          magnitude: float) -> tuple[torch.Tensor, ...]:  # fmt: skip
+def table(positions: torch.Tensor, dim: int, yarn: dict[str, float] | None, magnitude: float,
+          dtype: str = "f32") -> tuple[torch.Tensor, ...]:  # fmt: skip
     y = yarn or {"factor": 1.0, "original_max_position_embeddings": 1, "beta_fast": 1, "beta_slow": 1}
     return ops("rotary_table", positions, dim=dim, base=10000.0, factor=y["factor"], magnitude=magnitude,
                original=y["original_max_position_embeddings"], beta_fast=y["beta_fast"],
-               beta_slow=y["beta_slow"])  # fmt: skip
+               beta_slow=y["beta_slow"], dtype=dtype)  # fmt: skip
 
 
 def peer_table(positions: torch.Tensor, dim: int, yarn: dict[str, float] | None) -> tuple[torch.Tensor, ...]:
@@ -64,6 +64,17 @@ def test_rotary_table_is_bit_equal_to_transformers(dim: int, yarn: dict[str, flo
     positions = torch.arange(4096, dtype=torch.int32).view(2, 2048)
     for mine, theirs in zip(table(positions, dim, yarn, magnitude), peer_table(positions, dim, yarn), strict=True):
         assert torch.equal(mine, theirs[..., : dim // 2])
+
+
+@pytest.mark.parametrize("yarn", [None, YARN])
+def test_rotary_table_in_float64_is_the_exact_one(yarn: dict[str, float] | None) -> None:
+    positions = torch.arange(64, dtype=torch.int32).view(1, 64)
+    for narrow, wide in zip(table(positions, 8, yarn, 1.0), table(positions, 8, yarn, 1.0, "f64"), strict=True):
+        assert wide.dtype == F64
+        torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=1e-5)
+    if yarn is None:
+        exact = torch.arange(64, dtype=F64).unsqueeze(-1) * 10000.0 ** (-torch.arange(0, 8, 2, dtype=F64) / 8)
+        torch.testing.assert_close(wide[0], exact.sin(), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("interleave", [True, False])
@@ -253,6 +264,7 @@ def test_attention_refuses_what_does_not_fit(change: dict[int, Type], message: s
 
 
 def test_rotary_table_refuses_odd_sizes() -> None:
-    attrs = {"dim": 7, "base": 1e4, "factor": 1.0, "original": 1, "beta_fast": 1.0, "beta_slow": 1.0, "magnitude": 1.0}
+    attrs = {"dim": 7, "base": 1e4, "factor": 1.0, "original": 1, "beta_fast": 1.0, "beta_slow": 1.0, "magnitude": 1.0,
+             "dtype": "f32"}  # fmt: skip
     with pytest.raises(IRError, match="must be even"):
         REGISTRY["rotary_table"].infer_types((Type(DType.i32, (2, 3)),), tuple(attrs.items()))

@@ -70,7 +70,8 @@ def _table_cost(inputs: tuple[Type, ...], outputs: tuple[Type, ...], **_: object
 
 ROTARY_TABLE = OpDef(
     name="rotary_table",
-    doc="(cos, sin) [B, S, dim/2] of positions i32[B, S], float32 or float64 as `dtype` says, times `magnitude`; `factor` other than 1 means YaRN.",
+    doc="(cos, sin) [B, S, dim/2] of positions i32[B, S] in `dtype` (f32 or f64), times `magnitude`; `factor` other "
+    "than 1 means YaRN.",
     infer=_infer_table,
     reference=_table,
     cost=_table_cost,
@@ -95,7 +96,8 @@ ROTARY_TABLE = OpDef(
 def _infer_rotary(x: Type, cos: Type, sin: Type, *, interleave: bool, inverse: bool) -> Type:
     expect_float(x)
     expect(x.rank in (3, 4), f"expected [B, S, D] or [B, S, H, D], got {x}")
-    expect(cos == sin and cos.dtype in (DType.f32, DType.f64), f"the table must be two equal tensors, got {cos} and {sin}")
+    expect(cos == sin, f"the tables of cosines and sines differ: {cos} and {sin}")
+    expect(cos.dtype in (DType.f32, DType.f64), f"a rotary table is f32 or f64, got {cos}")
     expect(cos.rank == 3 and cos.shape[:2] == x.shape[:2], f"the table {cos} does not fit {x}")
     expect(x.shape[-1] == multiply(2, cos.shape[-1]), f"the table {cos} does not have half the columns of {x}")
     return x
