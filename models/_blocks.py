@@ -42,7 +42,7 @@ class Style:
         return Type(self.dtype, (B, S, *dims))
 
     def weight(self, b: Builder, name: str, *shape: Dim) -> Value:
-        """A matrix as the arithmetic wants it: stored in `wide`, rounded to `dtype` (which `hoist` does once a step)."""
+        """A matrix as the arithmetic wants it: stored in `wide`, rounded to `dtype`, which `hoist` does once a step."""
         stored = b.weight(name, Type(self.wide, shape))
         if self.dtype is self.wide:
             return stored

@@ -25,10 +25,7 @@ def positions_graph(config: ModelConfig, style: Style, name: str, mtp: int = 0, 
     b = Builder(REGISTRY, name)
     tokens = b.input("tokens", TOKENS)
     with b.path("positions"):
-        if started:
-            positions = b.positions_from(tokens, b.input("start", SCALAR))
-        else:
-            positions = b.positions(tokens)
+        positions = b.positions_from(tokens, b.input("start", SCALAR)) if started else b.positions(tokens)
         results = list(rope_table(b, positions, config, style.wide))
         if name == "positions":
             results.append(b.shift(tokens, out="labels", by=1, fill=-1))

@@ -48,8 +48,9 @@ class PlanBuffers(Pass):
             limit = f"{state.machine.memory_bytes / GIB:.1f} GiB"
             if not allow:
                 raise InputError(
-                    f"this job needs {plan.peak.peak / GIB:.1f} GiB on a rank of {state.machine.name}, which has {limit}:\n"
-                    f"{table}\nUse a larger --mesh, a smaller --micro-batch or --seq, or --allow-oversize to plan it all the same."
+                    f"this job needs {plan.peak.peak / GIB:.1f} GiB on a rank of {state.machine.name}, "
+                    f"which has {limit}:\n{table}\nUse a larger --mesh, a smaller --micro-batch or --seq, "
+                    "or --allow-oversize to plan it all the same."
                 )
             note("oversize", "memory", f"{plan.peak.peak / GIB:.1f} GiB are needed, {limit} are there")
         return state.but(buffers=plan)

@@ -160,7 +160,8 @@ class Runner:
         return spent
 
 
-def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int], tensors: Mapping[str, torch.Tensor],
+def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
+                     tensors: Mapping[str, torch.Tensor],
                      gradients: Mapping[str, torch.Tensor] | None = None, taps: Iterable[str] = ()) -> Runner:  # fmt: skip
     """Bind `sequence` to memory.
 
@@ -192,8 +193,8 @@ def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int
 def _add_part(runner: Runner, part: torch.Tensor, total: torch.Tensor, add: bool, layer: Layer, engine: Engine) -> None:
     """A gradient that could not be written in place is copied or added to the weight's gradient."""
     node = engine.program.graph(layer.graph).nodes[-1]
-    runner.first.append(Step((lambda: total.add_(part)) if add else (lambda: total.copy_(part)), layer.name, node))  # type: ignore[arg-type, return-value]
-    runner.again.append(Step(lambda: total.add_(part), layer.name, node))  # type: ignore[arg-type, return-value]
+    runner.first.append(Step((lambda: total.add_(part)) if add else (lambda: total.copy_(part)), layer.name, node))  # type: ignore[arg-type]
+    runner.again.append(Step(lambda: total.add_(part), layer.name, node))  # type: ignore[arg-type]
 
 
 def _sinks(
@@ -281,7 +282,7 @@ class _Binder:
     def _tap(self, layer: Layer, node: Node, v: Value, tensor: torch.Tensor) -> None:
         copy = torch.empty_like(tensor)
         self.runner.taps[f"{layer.name}:{v.name}"] = copy
-        step = Step(lambda: copy.copy_(tensor), layer.name, node)  # type: ignore[arg-type, return-value]
+        step = Step(lambda: copy.copy_(tensor), layer.name, node)  # type: ignore[arg-type]
         self.runner.first.append(step)
         self.runner.again.append(step)
 

@@ -30,7 +30,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> torch.Ten
         return logits.argmax(-1).cpu()
     probability = torch.softmax(logits.double().cpu() / sampling.temperature, -1)
     if sampling.top_p < 1:
-        ordered, index = probability.sort(-1, descending=True, stable=True)
+        ordered, index = probability.sort(stable=True, dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         probability = torch.zeros_like(probability).scatter(-1, index, ordered.masked_fill(outside, 0.0))
     generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + position)

@@ -204,7 +204,7 @@ class Session:
         runner.run()
         return {name: float(runner.values[name]) for name in sequence.losses}
 
-    def save_hf(self, directory: str | Path, dtype: str | None = None) -> None:
+    def save_hf(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint that transformers, vLLM and SGLang load."""
         save_hf(directory, self.config, hf_tensors(self.config, self.weights.tensors), dtype=dtype)
 
@@ -223,9 +223,8 @@ class Session:
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
             raise InputError(f"tokens must be a LongTensor [B, S], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.shape[1] + extra > limit:
-            raise InputError(
-                f"{tokens.shape[1]} tokens{f' and {extra} new ones' if extra else ''} exceed the model's {limit} positions"
-            )
+            new = f" and {extra} new ones" if extra else ""
+            raise InputError(f"{tokens.shape[1]} tokens{new} exceed the model's {limit} positions")
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= vocab:
             raise InputError(f"token {low if low < 0 else high} is outside the vocabulary of {vocab}")
