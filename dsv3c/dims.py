@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
@@ -84,9 +85,24 @@ def symbols(dims: Iterable[Dim]) -> tuple[str, ...]:
 
 
 @functools.cache
-def _compiled(dim: sympy.Expr) -> tuple[tuple[str, ...], Callable[..., object]]:
-    names = symbols((dim,))
-    return names, sympy.lambdify([symbol(n) for n in names], dim, modules="math")
+def _compiled(dim: sympy.Expr) -> Callable[[Mapping[str, int]], int]:
+    """The function that evaluates `dim` in integers: floating point would round fractions to the wrong side."""
+    if dim.is_Integer:
+        value = int(dim)
+        return lambda sizes: value
+    if dim.is_Symbol:
+        name = dim.name
+        return lambda sizes: sizes[name]
+    if isinstance(dim, sympy.ceiling):
+        numerator, denominator = map(_compiled, dim.args[0].as_numer_denom())
+        return lambda sizes: -(-numerator(sizes) // denominator(sizes))
+    parts = tuple(map(_compiled, dim.args))
+    if dim.is_Add:
+        return lambda sizes: sum(part(sizes) for part in parts)
+    if dim.is_Mul:
+        return lambda sizes: math.prod(part(sizes) for part in parts)
+    base, power = parts
+    return lambda sizes: base(sizes) ** power(sizes)
 
 
 def bind(dim: Dim, sizes: Mapping[str, int]) -> int:
@@ -94,11 +110,7 @@ def bind(dim: Dim, sizes: Mapping[str, int]) -> int:
 
     Raises KeyError naming the symbol that has no size.
     """
-    if isinstance(dim, int):
-        return dim
-    names, function = _compiled(dim)
-    value = function(*(sizes[n] for n in names))
-    return int(value)  # type: ignore[call-overload, no-any-return]
+    return dim if isinstance(dim, int) else _compiled(dim)(sizes)
 
 
 @functools.cache

@@ -264,7 +264,7 @@ def test_attention_refuses_what_does_not_fit(change: dict[int, Type], message: s
 
 
 def test_rotary_table_refuses_odd_sizes() -> None:
-    attrs = {"dim": 7, "base": 1e4, "factor": 1.0, "original": 1, "beta_fast": 1.0, "beta_slow": 1.0, "magnitude": 1.0,
-             "dtype": "f32"}  # fmt: skip
+    attrs: dict[str, int | float | str] = {"dim": 7, "base": 1e4, "factor": 1.0, "original": 1, "beta_fast": 1.0,
+                                           "beta_slow": 1.0, "magnitude": 1.0, "dtype": "f32"}  # fmt: skip
     with pytest.raises(IRError, match="must be even"):
         REGISTRY["rotary_table"].infer_types((Type(DType.i32, (2, 3)),), tuple(attrs.items()))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dsv3c.build import Builder
-from dsv3c.dims import bind
+from dsv3c.dims import bind, symbol
 from dsv3c.interp import run
 from dsv3c.ir import Attrs, DType, Graph, IRError, Node, Type, Value
 from dsv3c.op import SUM, OpDef, Sample, Split
@@ -72,6 +72,35 @@ def test_inferred_types_are_those_of_the_reference(op: OpDef, sample: Sample) ->
     floats = [t for t in sample.inputs if t.dtype.is_float]
     if floats and all(t.dtype is DType.f64 for t in floats) and "dtype" not in dict(sample.attrs):
         assert all(t.dtype is DType.f64 for t in inferred if t.dtype.is_float), "float64 mode must stay in float64"
+
+
+def _spoiled(t: Type) -> list[Type]:
+    """Types near `t` that most ops must refuse and none may stumble over."""
+    n = symbol("N")
+    shapes = [(), t.shape[1:], (*t.shape, 2), (n,) * t.rank, (*t.shape[:-1], n), (*t.shape[:-1], 3), (5, *t.shape[1:])]
+    return [Type(t.dtype, s) for s in shapes] + [t.with_dtype(d) for d in (DType.i64, DType.bool, DType.f16)]
+
+
+@pytest.mark.parametrize(("op", "sample"), CASES)
+def test_wrong_arguments_are_refused_with_a_reason(op: OpDef, sample: Sample) -> None:
+    """Whatever the arguments, `infer` gives types or raises IRError; inputs too few or too many are an IRError."""
+    known = dict(sample.attrs)
+    cases = [((*sample.inputs[:i], t, *sample.inputs[i + 1 :]), known)
+             for i, old in enumerate(sample.inputs) for t in _spoiled(old)]  # fmt: skip
+    cases += [(sample.inputs, known | {name: value}) for name in known for value in (0, -1, 10**6, 0.5, "x", None)]
+    for types, attrs in cases:
+        try:
+            inferred = op.infer_types(types, tuple(attrs.items()))
+        except IRError as error:
+            assert str(error)
+        else:
+            assert all(isinstance(t, Type) for t in inferred)
+    for types, attrs in (((), known), (sample.inputs * 3, known), (sample.inputs, {**known, "other": 1})):
+        with pytest.raises(IRError, match="wrong arguments"):
+            op.infer_types(types, tuple(attrs.items()))
+    for name in known:
+        with pytest.raises(IRError, match="wrong arguments"):
+            op.infer_types(sample.inputs, tuple((k, v) for k, v in known.items() if k != name))
 
 
 @pytest.mark.parametrize(("op", "sample"), CASES)
