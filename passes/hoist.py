@@ -93,7 +93,13 @@ def _plan(graph: Graph, program: Program, registry: Registry, table: Mapping[str
                 node = g.producers[v.name]
                 terms[known[v.name]] = v.name
                 note("hoisted", place_of(node), f"{graph.name}: {known[v.name].text} is computed once per step")
-    _note_views(graph, splits[-1][0], moved[-1], fixed, versions[-1], note)
+    for node in _staying(versions[-1], splits[-1][0], moved[-1]):
+        reason = "acts on others"
+        if any(v.name in fixed for v in node.outputs):
+            reason = "is a result of the layer"
+        elif is_view(node, registry):
+            reason = "is a view, which costs nothing"
+        note("kept", place_of(node), f"{graph.name}: {node.outputs[0]} {reason}")
     if not terms:
         return None
     inputs = _named(terms, versions, moved)
@@ -155,15 +161,15 @@ def _split(graph: Graph, moved: list[Node], registry: Registry) -> tuple[tuple[N
     return tuple(reversed(stay)), border
 
 
-def _note_views(graph: Graph, stay: tuple[Node, ...], moved: list[Node], fixed: frozenset[str], version: Graph,
-                note: TakeNote) -> None:  # fmt: skip
-    """Say which work on weights alone stays in the layer, and why."""
-    known = {v.name for v in version.weights} | {v.name for n in moved for v in n.outputs}
+def _staying(graph: Graph, stay: tuple[Node, ...], moved: list[Node]) -> list[Node]:
+    """Nodes that depend on weights alone and stay all the same."""
+    known = {v.name for v in graph.weights} | {v.name for n in moved for v in n.outputs}
+    found: list[Node] = []
     for node in stay:
         if node.inputs and all(v.name in known for v in node.inputs) and node not in moved:
-            returned = any(v.name in fixed for v in node.outputs)
-            reason = "is a result of the layer" if returned else "is a view or acts on others"
-            note("kept", place_of(node), f"{graph.name}: {node.outputs[0]} {reason}")
+            known.update(v.name for v in node.outputs)
+            found.append(node)
+    return found
 
 
 def _named(terms: Mapping[Term, str], versions: list[Graph], moved: list[list[Node]]) -> dict[Term, Value]:
