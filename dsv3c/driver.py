@@ -36,7 +36,8 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
             precision: str | None = None, schedule: str = "auto", expert_headroom: float = 1.5,
             kernels: str = "binary", implementations: str = "auto", passes: str | None = None,
             print_after: str | None = None, dump: PathLike | None = None, stop_after: str | None = None,
-            keep_ir: bool = False, allow_oversize: bool = False, recipe: Recipe | None = None,
+            keep_ir: bool = False, allow_oversize: bool = False, document_end: int | None = None,
+            recipe: Recipe | None = None,
             on_pass: Callable[[PassReport, tuple[Note, ...]], None] | None = None) -> Plan:  # fmt: skip
     """Compile a model into a plan; keywords are the flags of `dsv3c compile` with underscores.
 
@@ -48,7 +49,8 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
     task = make_job(
         config, machine, kind=job, mesh=mesh, ranks_per_node=ranks_per_node, seq=seq, micro_batch=micro_batch,
         global_batch=global_batch, precision=precision, schedule=schedule, expert_headroom=expert_headroom,
-        kernels=kernels, implementations=implementations, allow_oversize=allow_oversize, recipe=recipe,
+        kernels=kernels, implementations=implementations, allow_oversize=allow_oversize,
+        document_end=document_end, recipe=recipe,
     )  # fmt: skip
     model_family = family(name.split(":")[0])
     program = model_family.build(config, task, machine.expert_alignment(task.dtype))
@@ -77,7 +79,7 @@ def load(plan: Plan | PathLike, weights: PathLike | None = None, seed: int = 0) 
 
 def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks_per_node: int, seq: int | None,
              micro_batch: int, global_batch: int | None, precision: str | None, schedule: str,
-             expert_headroom: float, kernels: str, implementations: str, allow_oversize: bool,
+             expert_headroom: float, kernels: str, implementations: str, allow_oversize: bool, document_end: int | None,
              recipe: Recipe | None) -> Job:  # fmt: skip
     """The job that the flags describe, with the defaults filled in.
 
@@ -112,10 +114,12 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
         raise InputError(
             f"--global-batch {batch} is not a multiple of micro-batch × dp = {micro_batch * axes.dp} sequences"
         )
+    if document_end is not None and not 0 <= document_end < config.vocab_size:
+        raise InputError(f"--document-end {document_end} is not a token of the model's {config.vocab_size}")
     if expert_headroom < 1:
         raise InputError(f"--expert-headroom {expert_headroom} must be at least 1, the balanced load")
     return Job(kind, target.name, chosen, length, micro_batch, batch, axes, ranks_per_node, schedule, expert_headroom,
-               kernels, implementations, allow_oversize, recipe or Recipe())  # fmt: skip
+               kernels, implementations, allow_oversize, document_end, recipe or Recipe())  # fmt: skip
 
 
 def generate_kernels(program: Program, target: Target, job: Job) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:

@@ -74,7 +74,8 @@ class Recipe:
 class Job:
     """One run. `seq` tokens a sequence; `micro_batch` and `global_batch` count sequences.
 
-    `kernels`: none, source or binary. `implementations`: auto, generated or library.
+    `kernels`: none, source or binary. `implementations`: auto, generated or library. `document_end`: the token that
+    ends a document, if training attention is not to cross it (the report packs documents without such a mask).
     """
 
     kind: str
@@ -90,6 +91,7 @@ class Job:
     kernels: str = "binary"
     implementations: str = "auto"
     allow_oversize: bool = False
+    document_end: int | None = None
     recipe: Recipe = Recipe()
 
     @property

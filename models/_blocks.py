@@ -25,13 +25,14 @@ class Style:
 
     `dtype`: of activations and matrices. `alignment`: of each expert's rows. `cache`: `none`, `write` (prefill: keys
     and values are expanded, latents are also stored) or `read` (decode: absorbed, over the latents only).
-    `train`: with balance loss and expert load as results.
+    `train`: with balance loss and expert load as results. `document_end`: see `Job`.
     """
 
     dtype: DType
     alignment: int
     cache: str = "none"
     train: bool = False
+    document_end: int | None = None
 
     @property
     def wide(self) -> DType:

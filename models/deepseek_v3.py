@@ -21,7 +21,7 @@ SCALAR = Type(DType.i32, ())
 
 def positions_graph(config: ModelConfig, style: Style, name: str, mtp: int = 0, started: bool = False) -> Graph:
     """Rotary table of the tokens' positions; for training also the labels (next tokens, -1 past the end), and for
-    each MTP module its input tokens and labels, one further on."""
+    each MTP module its input tokens and labels, one further on; the documents last, if they are kept apart."""
     b = Builder(REGISTRY, name)
     tokens = b.input("tokens", TOKENS)
     with b.path("positions"):
@@ -32,6 +32,8 @@ def positions_graph(config: ModelConfig, style: Style, name: str, mtp: int = 0, 
         for k in range(1, mtp + 1):
             results.append(b.shift(tokens, out=f"mtp{k}_tokens", by=k, fill=0))
             results.append(b.shift(tokens, out=f"mtp{k}_labels", by=k + 1, fill=-1))
+        if style.document_end is not None:
+            results.append(b.documents(tokens, end=style.document_end))
     return b.graph(results)
 
 
@@ -57,13 +59,14 @@ def block_graph(config: ModelConfig, style: Style, name: str, moe: bool, first: 
     if style.cache != "none":
         cache = b.input("cache", Type(style.dtype, (B, C, config.kv_lora_rank + config.qk_rope_head_dim)))
         start = b.input("start", SCALAR)
+    documents = b.input("documents", Type(DType.i32, (B, S))) if style.document_end is not None else None
     bias = b.input("bias", Type(style.wide, (config.n_routed_experts,))) if moe else None
     with b.path("attention.norm"):
         if delta is not None:
             hidden = b.add(hidden, delta, out="hidden")
         norm = b.weight("attention_norm", style.vector(config.hidden_size))
         x = b.rms_norm(hidden, norm, out="x", eps=config.rms_norm_eps)
-    attended, cache = attention(b, x, rope, config, style, cache, start)
+    attended, cache = attention(b, x, rope, config, style, cache, start, documents)
     with b.path("mlp.norm"):
         hidden = b.add(hidden, attended, out="residual_next")
         norm = b.weight("mlp_norm", style.vector(config.hidden_size))
@@ -157,6 +160,7 @@ class _Chain:
     suffix: str
     train: bool = False
     cached: bool = False
+    documents: tuple[str, ...] = ()
     layers: list[Layer] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     balances: list[str] = field(default_factory=list)
@@ -168,7 +172,7 @@ class _Chain:
     def block(self, index: int, moe: bool, first: bool, carry: tuple[str, ...]) -> tuple[str, str]:
         """Append transformer layer `index`; gives the names of its residual and delta."""
         name = f"model.layers.{index}"
-        inputs = (*carry, "cos", "sin")
+        inputs = (*carry, "cos", "sin", *self.documents)
         outputs = [f"residual.{index}", f"delta.{index}"]
         if self.cached:
             inputs += (f"cache.{index}", "start")
@@ -196,12 +200,12 @@ def head_name(config: ModelConfig) -> str:
     return EMBEDDING if config.tie_word_embeddings else HEAD
 
 
-def train_sequence(config: ModelConfig) -> Sequence:
+def train_sequence(config: ModelConfig, documents: bool) -> Sequence:
     """One micro-batch forward: losses of the main model, of each MTP module, and of balance."""
     modules = config.num_nextn_predict_layers
     shifted = [n for k in range(1, modules + 1) for n in (f"mtp{k}_tokens", f"mtp{k}_labels")]
-    chain = _Chain(config, "", train=True)
-    chain.add("positions", "positions", ("tokens",), (), "cos", "sin", "labels", *shifted)
+    chain = _Chain(config, "", train=True, documents=("documents",) if documents else ())
+    chain.add("positions", "positions", ("tokens",), (), "cos", "sin", "labels", *shifted, *chain.documents)
     chain.add("embedding", "embedding", ("tokens",), (EMBEDDING,), "embedded")
     residual, delta = chain.blocks()
     outputs = ("loss.main", "hidden.0") if modules else ("loss.main",)
@@ -327,8 +331,9 @@ def build(config: ModelConfig, job: Job, alignment: int) -> Program:
     graphs: list[Graph] = []
     sequences: list[Sequence] = []
     if job.kind == "train":
-        graphs += train_graphs(config, Style(job.dtype, alignment, train=True)) + step_graphs(style, job)
-        sequences.append(train_sequence(config))
+        trained = Style(job.dtype, alignment, train=True, document_end=job.document_end)
+        graphs += train_graphs(config, trained) + step_graphs(style, job)
+        sequences.append(train_sequence(config, job.document_end is not None))
     for name, cache in (("forward", "none"), ("prefill", "write"), ("decode", "read")):
         graphs += inference_graphs(config, Style(job.dtype, alignment, cache), name)
         sequences.append(inference_sequence(config, name))
