@@ -124,7 +124,11 @@ class Proof:
             if same:
                 self._same_graph(old, new)
         if self.after.has_graph(name + JOINT) and not self.before.has_graph(name + JOINT):
-            self._differentiated(old, self.after.graph(name + JOINT))
+            joint = self.after.graph(name + JOINT)
+            cotangents = {f"d_{v.name}" for v in old.results}
+            if [v.name for v in joint.params if v.name not in cotangents] != [v.name for v in old.params]:
+                return False
+            self._differentiated(old, joint)
             return True
         if old.name.endswith(JOINT) and self.after.has_graph(f"{name}_F"):
             self._cut(old, name)
