@@ -19,7 +19,7 @@ from dsv3c.errors import InputError
 from dsv3c.files import read_text, write_text
 
 if TYPE_CHECKING:
-    from dsv3c.plan import Plan
+    from dsv3c.plan import Memory, Plan
     from dsv3c.runtime.session import Session
     from dsv3c.state import Note, PassReport
     from dsv3c.target import Target
@@ -270,7 +270,7 @@ def _target(name: str) -> Target:
 def _overview(plan: Plan) -> str:
     """A plan on one screen."""
     job, memory = plan.job, plan.memory
-    batch = f"{job.global_batch} x {job.seq} tokens a step, {job.micro_batch} sequences at a time"
+    batch = f"{job.global_batch} x {job.seq} tokens a step, micro-batches of {job.micro_batch}"
     facts = [
         ("model", plan.model),
         ("job", f"{job.kind} on {plan.target}, {job.precision}, {batch}"),
@@ -278,19 +278,22 @@ def _overview(plan: Plan) -> str:
         ("parameters", number(plan.parameters.total)),
         ("  active", number(plan.parameters.active)),
         ("  mtp", number(plan.parameters.mtp)),
-        ("memory", _of(memory.peak_bytes, memory.limit_bytes) + " on the largest rank"),
+        ("memory", _peak(memory)),
         *((f"  {kind}", size(count)) for kind, count in memory.by_kind),
     ]
     built = [k for k in plan.kernels if k.has_binary]
     facts.append(("kernels", f"{len(built)} with binary, {len(plan.kernels) - len(built)} as source only"))
-    facts += [("  missing", name) for name in plan.missing_kernels]
+    if plan.missing_kernels:
+        facts.append(("  missing", f"{len(plan.missing_kernels)}: the target has no generator for"))
+    facts += [("", name) for name in plan.missing_kernels]
     return table(facts)
 
 
-def _of(count: int, limit: int) -> str:
-    if not limit:
-        return size(count)
-    return f"{size(count)} of {size(limit)}" + ("" if count <= limit else ", WHICH IT DOES NOT HAVE,")
+def _peak(memory: Memory) -> str:
+    if not memory.limit_bytes:
+        return f"{size(memory.peak_bytes)} on the largest rank"
+    verdict = "" if memory.fits else ": DOES NOT FIT"
+    return f"{size(memory.peak_bytes)} on the largest rank, which has {size(memory.limit_bytes)}{verdict}"
 
 
 def _notes(plan: Plan, every: bool) -> str:

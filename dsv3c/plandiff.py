@@ -99,10 +99,11 @@ def _graphs(a: Plan, b: Plan) -> list[Difference]:
     if a.ir == b.ir:
         return []
     first, second = _parts(a.ir), _parts(b.ir)
+    graphs = {**graph_sizes(a.ir), **graph_sizes(b.ir)}
     found: list[Difference] = []
     for name in [*first, *(n for n in second if n not in first)]:
         left, right = first.get(name, []), second.get(name, [])
-        found += _lines("graphs", name, left, right, "lines")
+        found += _lines("graphs" if name in graphs else "program", name, left, right, "lines")
     return found
 
 

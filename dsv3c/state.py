@@ -16,6 +16,9 @@ from dsv3c.target import Machine, Target
 if TYPE_CHECKING:
     from dsv3c.arena import BufferPlan
 
+SHOWN_GRAPHS = 4
+"""How many changed graphs a pass's line names before it only counts."""
+
 
 @dataclass(frozen=True, slots=True)
 class Note:
@@ -50,8 +53,10 @@ class PassReport:
     seconds: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
-        moved = ", ".join((*self.changed, *(f"-{g}" for g in self.removed))) or "nothing changed"
-        return f"{self.name:<14}{self.seconds:7.3f} s  {self.nodes_before:>6} -> {self.nodes_after:<6}  {moved}"
+        names = [*self.changed, *(f"-{g}" for g in self.removed)]
+        more = f", and {len(names) - SHOWN_GRAPHS} more graphs" if len(names) > SHOWN_GRAPHS else ""
+        moved = ", ".join(names[:SHOWN_GRAPHS]) + more if names else "nothing changed"
+        return f"{self.name:<14}{self.seconds:7.3f} s  {self.nodes_before:>6} -> {self.nodes_after:<6} nodes  {moved}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -269,7 +269,7 @@ def plans(tmp_path: Path) -> tuple[str, str]:
 def test_inspect(plans: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["inspect", plans[0]]) == 0
     out = capsys.readouterr().out
-    assert "train on cpu, fp32, 4 x 16 tokens a step" in out and "100 B of 1000 B on the largest rank" in out
+    assert "train on cpu, fp32, 4 x 16 tokens a step" in out and "100 B on the largest rank, which has 1000 B\n" in out
     assert "1 with binary, 0 as source only" in out and "4 -> 3 nodes" in out and "1 merged" in out
     assert all(word in out for word in ("toy", "1,000", "missing", "twice", "share"))
     assert "attention.core" not in out

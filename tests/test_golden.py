@@ -218,8 +218,8 @@ def test_a_right_change_is_proven() -> None:
         (JOINED, CUT.replace("dw(d_y, x, eps=1e-06", "dw(d_y, x, eps=1e-02"), "block: d_w differs"),
         (JOINED, CUT.split("def block_W")[0], "no part of the cut graph returns d_w"),
         (TRAIN, TRAIN.replace("1e-06", "1e-02"), "train: s differs"),
-        (TRAIN, TRAINED.replace("_dw(spread, x, eps=1e-06", "_dw(spread, x, eps=1e-02"), "train: gradient of norm differs"),
-        (TRAINED, TRAINED.replace("_dw(spread, x, eps=1e-06", "_dw(spread, x, eps=1e-02"), "train: gradient of norm differs"),
+        (TRAIN, TRAINED.replace("_dw(spread, x, eps=1e-06", "_dw(spread, x, eps=1e-02"), "gradient of norm differs"),
+        (TRAINED, TRAINED.replace("_dw(spread, x, eps=1e-06", "_dw(spread, x, eps=1e-02"), "gradient of norm differs"),
         (TRAIN, TRAIN.replace("'train'", "'trian'").replace("eps=1e-06", "eps=1e-02"), "sum: s differs"),
     ],
 )  # fmt: skip

@@ -277,6 +277,7 @@ def test_differences() -> None:
     assert str(graph).startswith("graphs.twice: 4 lines -> 4 lines (+1 -1)\n    ")
     assert json.loads(json.dumps(as_json(found)))[0]["area"] == found[0].area
     assert {d.area for d in diff(plan, dataclasses.replace(plan, ir=IR.replace("def norm", "def nurm")))} == {"graphs"}
+    assert {d.area for d in diff(plan, dataclasses.replace(plan, ir=IR.replace("'model'", "'x'")))} == {"program"}
 
 
 def test_every_field_of_a_plan_shows_in_the_differences() -> None:
