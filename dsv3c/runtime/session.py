@@ -329,7 +329,7 @@ class Session:
                 continue
             bias = next(n for n in layer.inputs if n in self.weights.tensors)
             by_layer[layer.name] = loads[name]
-            load = self._scalars.setdefault(f"load.{bias}", torch.zeros_like(loads[name])).copy_(loads[name])
+            load = self._scalars.setdefault(f"load.{bias}", torch.zeros_like(self.weights.tensors[bias])).copy_(loads[name])
             tensors = {
                 "bias": self.weights.tensors[bias],
                 "load": load,
