@@ -251,9 +251,9 @@ def verify(a: argparse.Namespace) -> int:
 
 def export(a: argparse.Namespace) -> int:
     """`dsv3c export`: a trained model for other programs."""
-    from dsv3c import driver
+    from dsv3c.runtime.export import export as run
 
-    path = driver.export(a.directory, format=a.format, out=a.out)
+    path = run(a.directory, format=a.format, out=a.out)
     if a.json:
         write_json({"format": a.format, "directory": str(path)})
     else:

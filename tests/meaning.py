@@ -131,8 +131,7 @@ class Proof:
             self._differentiated(old, joint)
             return True
         if old.name.endswith(JOINT) and self.after.has_graph(f"{name}_F"):
-            self._cut(old, name)
-            return True
+            return self._cut(old, name)
         return same
 
     def _inputs(self, graph: Graph) -> Tensors:
@@ -148,23 +147,26 @@ class Proof:
         for x, y in zip(old.results, new.results, strict=True):
             self._equal(f"{old.name}: {x.name}", a[x.name], b[y.name])
 
-    def _cut(self, joint: Graph, name: str) -> None:
+    def _cut(self, joint: Graph, name: str) -> bool:
+        """F, B and W one after the other against the joint graph; False if they read what neither of them makes."""
         known = self._inputs(joint)
+        parts = [self.after.graph(f"{name}_{p}") for p in "FBW" if self.after.has_graph(f"{name}_{p}")]
+        made = set(known)
+        for part in parts:
+            if not {v.name for v in part.params} <= made:
+                return False
+            made |= {v.name for v in part.results}
         whole = self._values(self.before, joint, known)
-        primal = next(
-            len(joint.results) - i for i, v in enumerate(reversed(joint.results)) if not v.name.startswith("d_")
-        )
-        forward = self.after.graph(f"{name}_F")
-        for x, y in zip(joint.results[:primal], forward.results[:primal], strict=True):
-            assert x.name == y.name, f"{name}_F returns {y.name} in the place of {x.name}"
-        for phase in "FBW":
-            if self.after.has_graph(f"{name}_{phase}"):
-                part = self.after.graph(f"{name}_{phase}")
-                made = self._values(self.after, part, known)
-                known |= {v.name: made[v.name] for v in part.results}
+        primal = sum(f"d_{v.name}" in known or not v.name.startswith("d_") for v in joint.results)
+        for x, y in zip(joint.results[:primal], parts[0].results[:primal], strict=True):
+            assert x.name == y.name, f"{parts[0].name} returns {y.name} in the place of {x.name}"
+        for part in parts:
+            values = self._values(self.after, part, known)
+            known |= {v.name: values[v.name] for v in part.results}
         for v in joint.results:
             assert v.name in known, f"{name}: no part of the cut graph returns {v.name}"
             self._equal(f"{name}: {v.name}", whole[v.name], known[v.name])
+        return True
 
     def _differentiated(self, old: Graph, joint: Graph) -> None:
         """F against the graph itself, B and W against autograd of it."""

@@ -398,6 +398,9 @@ class FakeResult:
     rank: int = 0
     interrupted: bool = False
 
+    def __str__(self) -> str:
+        return self.text
+
 
 def test_train(fake: Fake, calls: Calls, plans: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     fake("runtime.train", train=FakeResult())
@@ -410,8 +413,8 @@ def test_train(fake: Fake, calls: Calls, plans: tuple[str, str], capsys: pytest.
                      "tokenizer": "bytes"}  # fmt: skip
     fake("runtime.train", train=FakeResult(interrupted=True))
     assert cli.main(line) == 130
+    assert capsys.readouterr().out == "done\n"
     fake("runtime.train", train=FakeResult(rank=1))
-    capsys.readouterr()
     assert cli.main(line) == 0 and capsys.readouterr().out == ""
 
 
@@ -475,7 +478,7 @@ def test_verify(passed: bool, fake: Fake, calls: Calls, monkeypatch: pytest.Monk
 
 
 def test_export(fake: Fake, calls: Calls, capsys: pytest.CaptureFixture[str]) -> None:
-    fake("driver", export=Path("o"))
+    fake("runtime.export", export=Path("o"))
     assert cli.main(["export", "d", "--format", "hf", "-o", "o"]) == 0
     assert calls == [("export", ("d",), {"format": "hf", "out": "o"})]
     assert capsys.readouterr().out == "wrote o\n"
