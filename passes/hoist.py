@@ -11,7 +11,7 @@ from dsv3c.op import Registry
 from dsv3c.passes._prologue import PROLOGUE, Leaf, Prologue, Term, bound, local_terms
 from dsv3c.passes.differentiate import JOINT
 from dsv3c.rewrite import called, fresh, is_view, place_of, pure, substitute
-from dsv3c.state import Pass, State, TakeNote
+from dsv3c.state import Cut, Pass, State, TakeNote
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,18 @@ class Hoist(Pass):
         sequences = tuple(_rewired(s, plans, prologue) for s in program.sequences if s.name != PROLOGUE)
         new = {g.name: g for plan in plans.values() for g in plan.graphs}
         extra, sequence = prologue.finish()
-        note("hoisted", PROLOGUE, f"{len(sequence.results)} values of {len(sequence.layers)} groups of weights")
+        note("hoisted", PROLOGUE, f"it has {len(sequence.layers)} layers for {len(sequence.results)} values")
         graphs = (*(new.get(g.name, g) for g in program.graphs), *extra)
-        return state.with_program(program.but(graphs=graphs, sequences=(sequence, *sequences)))
+        records = None if state.cut is None else tuple(_not_saved(c, plans) for c in state.cut)
+        return state.but(program=program.but(graphs=graphs, sequences=(sequence, *sequences)), cut=records)
+
+
+def _not_saved(record: Cut, plans: Mapping[str, _Plan]) -> Cut:
+    """The record of a cut without the values that its F no longer hands on."""
+    plan = plans.get(record.forward or "")
+    gone = {plan.old.results[i].name for i in plan.returned} if plan else set[str]()
+    f_to_b, f_to_w = (tuple(v for v in names if v not in gone) for names in (record.f_to_b, record.f_to_w))
+    return replace(record, f_to_b=f_to_b, f_to_w=f_to_w)
 
 
 def _obstacle(graph: Graph, program: Program) -> str | None:
