@@ -177,9 +177,21 @@ def select(condition: Row, x: RowLike, y: RowLike) -> Row:
     return Select(_broadcast(condition, a, b), condition, a, b)
 
 
+def _expect_columns(x: Row, what: str) -> None:
+    if not x.cols:
+        raise IRError(f"{what} needs columns, not one number per row")
+
+
+def _reduced(function: str, x: Row, group: int) -> Row:
+    _expect_columns(x, "a reduction")
+    if group < 0 or (group and x.cols % group):
+        raise IRError(f"{x.cols} columns do not divide into groups of {group}")
+    return Reduce(x.cols // group if group else 0, function, x, group)
+
+
 def total(x: Row, group: int = 0) -> Row:
     """The sum over the row, or over each run of `group` columns."""
-    return Reduce(x.cols // group if group else 0, "sum", x, group)
+    return _reduced("sum", x, group)
 
 
 def mean(x: Row) -> Row:
@@ -189,26 +201,33 @@ def mean(x: Row) -> Row:
 
 def largest(x: Row, group: int = 0) -> Row:
     """The maximum over the row, or over each run of `group` columns; NaN wins."""
-    return Reduce(x.cols // group if group else 0, "max", x, group)
+    return _reduced("max", x, group)
 
 
 def columns(x: Row, start: int, stop: int, step: int = 1) -> Row:
-    """Columns `start:stop:step`."""
+    """Columns `start:stop:step`; at least one, and all must exist."""
+    if not (0 <= start < stop <= x.cols and step >= 1):
+        raise IRError(f"columns {start}:{stop}:{step} do not exist in a row of {x.cols}")
     return Slice(-(-(stop - start) // step), x, start, step)
 
 
 def join(*parts: Row) -> Row:
     """Concatenate columns."""
+    for p in parts:
+        _expect_columns(p, "a join")
     return Join(sum(p.cols for p in parts), parts)
 
 
 def interleave(x: Row, y: Row) -> Row:
     """Columns x0, y0, x1, y1, ..."""
-    return Interleave(2 * _broadcast(x, y), x, y)
+    cols = _broadcast(x, y)
+    _expect_columns(x if cols == x.cols else y, "interleaving")
+    return Interleave(2 * cols, x, y)
 
 
 def repeat(x: Row, times: int) -> Row:
     """Each column `times` times."""
+    _expect_columns(x, "repeating")
     return Repeat(x.cols * times, x, times)
 
 
@@ -258,7 +277,8 @@ def evaluate(row: Row, operands: tuple[torch.Tensor, ...],
     """The value of `row`, with torch; the oracle of the generators.
 
     `operands` are [rows, cols] (or [rows, 1] for one number per row, [1, cols] for a column), float32 or float64.
-    Returns [rows, cols or 1]. `known` caches shared subexpressions across calls.
+    Returns [rows, cols or 1], or a 1 where all rows or columns are equal. `known` caches shared subexpressions
+    across calls.
     """
     known = {} if known is None else known
     if row not in known:
@@ -267,14 +287,19 @@ def evaluate(row: Row, operands: tuple[torch.Tensor, ...],
 
 
 def _evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, torch.Tensor]) -> torch.Tensor:
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in operands) else torch.float32
+
     def of(x: Row) -> torch.Tensor:
         return evaluate(x, operands, known)
 
+    def every_column_of(x: Row) -> torch.Tensor:
+        return of(x).expand(-1, x.cols or 1)
+
     match row:
         case Operand(index=index):
-            return operands[index]
+            return operands[index].to(wide)
         case Constant(value=value):
-            return torch.full((1, 1), value, dtype=operands[0].dtype)
+            return torch.full((1, 1), value, dtype=wide, device=operands[0].device)
         case Unary(function="power_of_two_above", x=x):
             mantissa, exponent = torch.frexp(of(x))
             return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
@@ -283,23 +308,23 @@ def _evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, tor
         case Binary(function=function, x=x, y=y):
             table = {"max": torch.maximum, "min": torch.minimum, "less": torch.lt, "equal": torch.eq}
             result = table.get(function, getattr(torch, function))(of(x), of(y))
-            return result.to(operands[0].dtype)  # type: ignore[no-any-return]
+            return result.to(wide)  # type: ignore[no-any-return]
         case Select(condition=condition, x=x, y=y):
             return torch.where(of(condition) != 0, of(x), of(y))
         case Reduce(function=function, x=x, group=group):
-            whole = of(x).expand(-1, x.cols)
+            whole = every_column_of(x)
             parts = whole.unflatten(-1, (-1, group)) if group else whole.unsqueeze(-2)
             return parts.sum(-1) if function == "sum" else parts.amax(-1)
         case Slice(x=x, start=start, step=step):
-            return of(x)[:, start : start + (row.cols - 1) * step + 1 : step]
+            return every_column_of(x)[:, start : start + (row.cols - 1) * step + 1 : step]
         case Join(parts=parts_):
             height = max(of(p).shape[0] for p in parts_)
             return torch.cat([of(p).expand(height, p.cols) for p in parts_], -1)
         case Interleave(x=x, y=y):
-            a, b = torch.broadcast_tensors(of(x), of(y))
+            a, b = torch.broadcast_tensors(of(x).expand(-1, row.cols // 2), of(y))
             return torch.stack((a, b), -1).flatten(-2)
         case Repeat(x=x, times=times):
-            return of(x).repeat_interleave(times, -1)
+            return every_column_of(x).repeat_interleave(times, -1)
         case Round(x=x, dtype=dtype):
             from dsv3c.tensors import round_to
 

@@ -171,7 +171,7 @@ ABSORB_QUERY = OpDef(
 
 def _infer_absorb_value(o: Type, kv_b: Type, *, value: int) -> Type:
     expect_float(o, kv_b)
-    expect(o.rank >= 2 and kv_b.rank == 2, f"expected o[..., heads, rank] and kv_b[heads*(key+v), rank], got {o}, {kv_b}")
+    expect(o.rank >= 2 and kv_b.rank == 2, f"expected o[..., heads, rank], kv_b[heads*(key+v), rank], got {o}, {kv_b}")
     expect(same(o.shape[-1], kv_b.shape[1]), f"{o} is not in the latent space of {kv_b}")
     return Type(o.dtype, (*o.shape[:-1], value))
 
