@@ -13,9 +13,8 @@ from dsv3c.arena import BufferPlan
 from dsv3c.errors import InputError, did_you_mean
 from dsv3c.ir import Program
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
-from dsv3c.models import Model, ModelConfig, family
+from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
-from dsv3c.models.presets import resolve_model
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import MEMORY_KINDS, Memory, Parameters, Plan, StoredWeight, load_plan
 from dsv3c.state import Note, PassReport, State
@@ -44,7 +43,7 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
     `model`: a preset, a path to a config.json or a folder with one, or a ModelConfig. Raises InputError for
     anything that does not fit together.
     """
-    name, config = resolve_model(model)
+    name, family, config = resolve(model)
     machine = find(target)
     task = make_job(
         config, machine, kind=job, mesh=mesh, ranks_per_node=ranks_per_node, seq=seq, micro_batch=micro_batch,
@@ -52,8 +51,7 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
         kernels=kernels, implementations=implementations, allow_oversize=allow_oversize,
         document_end=document_end, recipe=recipe,
     )  # fmt: skip
-    model_family = family(name.split(":")[0])
-    program = model_family.build(config, task, machine.expert_alignment(task.dtype))
+    program = family.build(config, task, machine.expert_alignment(task.dtype))
     text = passes if passes is not None else TRAIN_PASSES if job == "train" else SERVE_PASSES
     steps = pipeline.parse(text)
     outcome = pipeline.run(
@@ -181,4 +179,4 @@ def override_recipe(recipe: Recipe, **changes: float) -> Recipe:
     return replace(recipe, **changes)
 
 
-__all__ = ["Model", "compile", "generate_kernels", "load", "make_job", "override_recipe"]
+__all__ = ["compile", "generate_kernels", "load", "make_job", "override_recipe"]

@@ -3,14 +3,17 @@
 if __name__ != "dsv3c.models":
     raise ImportError("import this package as dsv3c.models; the bare name 'models' is not dsv3c's to take")
 
+import os
+
 from dsv3c.discover import defined_in
 from dsv3c.errors import InputError
 from dsv3c.models._model import Model
 from dsv3c.models.config import ModelConfig
+from dsv3c.models.presets import resolve_model
 
 MODELS: dict[str, Model] = {m.name: m for m in defined_in(__name__, Model)}
 
-__all__ = ["MODELS", "Model", "ModelConfig", "family", "register"]
+__all__ = ["MODELS", "Model", "ModelConfig", "register", "resolve"]
 
 
 def register(model: Model) -> Model:
@@ -21,9 +24,11 @@ def register(model: Model) -> Model:
     return model
 
 
-def family(preset: str) -> Model:
-    """The family that has the preset called `preset`; the first family for a configuration file."""
-    for model in MODELS.values():
-        if preset in model.presets:
-            return model
-    return next(iter(MODELS.values()))
+def resolve(model: str | os.PathLike[str] | ModelConfig) -> tuple[str, Model, ModelConfig]:
+    """Name, family and configuration of MODEL: a preset of any family, a config.json or a directory with one.
+
+    Raises InputError for what is none of them.
+    """
+    owners = {name: family for family in MODELS.values() for name in family.presets}
+    name, config = resolve_model(model, {preset: owners[preset].presets[preset] for preset in owners})
+    return name, owners.get(name, next(iter(MODELS.values()))), config

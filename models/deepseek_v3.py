@@ -338,7 +338,7 @@ def build(config: ModelConfig, job: Job, alignment: int) -> Program:
         graphs += inference_graphs(config, Style(job.dtype, alignment, cache), name)
         sequences.append(inference_sequence(config, name))
     weights = _weights_of({g.name: g for g in graphs}, sequences, config, style.wide)
-    return Program("deepseek_v3", tuple(graphs), tuple(sequences), weights)
+    return Program("deepseek-v3", tuple(graphs), tuple(sequences), weights)
 
 
 DEEPSEEK_V3 = Model("deepseek-v3", "DeepSeek-V3 family: MLA, DeepSeekMoE, MTP", "deepseek_v3", PRESETS, build, parts)

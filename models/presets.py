@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from dsv3c.errors import InputError, did_you_mean
@@ -123,27 +124,29 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
-def resolve_model(model: str | os.PathLike[str] | ModelConfig) -> tuple[str, ModelConfig]:
+def resolve_model(
+    model: str | os.PathLike[str] | ModelConfig, presets: Mapping[str, ModelConfig] = PRESETS
+) -> tuple[str, ModelConfig]:
     """Name and configuration of MODEL: a preset, a config.json or a directory with one, each with `:field=value,...`.
 
     A preset wins over a path of the same name; write ./NAME for the path. Raises InputError for what is neither.
     """
     if isinstance(model, ModelConfig):
-        return next((name for name, preset in PRESETS.items() if preset == model), "custom"), model
+        return next((name for name, preset in presets.items() if preset == model), "custom"), model
     text = os.fspath(model)
     base, overrides = text, None
-    if text not in PRESETS and not Path(text).exists():
+    if text not in presets and not Path(text).exists():
         if with_overrides := re.fullmatch(r"(.+?):(\s*[A-Za-z_.]+\s*=.*)", text):  # a colon may be part of a path too
             base, overrides = with_overrides.groups()
-        elif text.partition(":")[0] in PRESETS:
+        elif text.partition(":")[0] in presets:
             base, _, overrides = text.partition(":")
-    if base in PRESETS:
-        name, config = base, PRESETS[base]
+    if base in presets:
+        name, config = base, presets[base]
     elif Path(base).exists():
         path = Path(base).resolve()
         name = path.name if path.is_dir() else path.parent.name if path.name == "config.json" else path.stem
         name, config = name or "model", load_config(base)
     else:
-        hint = did_you_mean(base, PRESETS)
+        hint = did_you_mean(base, presets)
         raise InputError(f"unknown model '{base}': neither a preset nor a config.json nor a directory with one; {hint}")
     return name, config if overrides is None else config.override(overrides)

@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "text verify build",
         "ops interp rewrite state arena notes plan plandiff",
         "models passes targets",
-        "console pipeline report runtime",
+        "console pipeline plugins report runtime",
         "driver",
         "commands cli demo __init__ __main__",
     )

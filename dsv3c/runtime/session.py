@@ -12,7 +12,7 @@ import torch
 from dsv3c.errors import InputError
 from dsv3c.ir import Sequence
 from dsv3c.job import Recipe
-from dsv3c.models import family
+from dsv3c.models import MODELS
 from dsv3c.models.checkpoint import hf_tensors
 from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
@@ -50,7 +50,9 @@ class Session:
         self.plan = plan
         self.program = plan.program
         self.config = ModelConfig.from_dict(plan.config, where=f"the plan of {plan.model}")
-        self.family = family(plan.model.split(":")[0])
+        if self.program.name not in MODELS:
+            raise InputError(f"{plan.model} is of the family '{self.program.name}', which is unknown here; register it")
+        self.family = MODELS[self.program.name]
         self.target: Target = find(plan.target)
         if self.target.device is None:
             raise InputError(f"a plan for {self.target.name} cannot run here; compile for --target cpu")
@@ -329,7 +331,8 @@ class Session:
                 continue
             bias = next(n for n in layer.inputs if n in self.weights.tensors)
             by_layer[layer.name] = loads[name]
-            load = self._scalars.setdefault(f"load.{bias}", torch.zeros_like(self.weights.tensors[bias])).copy_(loads[name])
+            zeros = torch.zeros_like(self.weights.tensors[bias])
+            load = self._scalars.setdefault(f"load.{bias}", zeros).copy_(loads[name])
             tensors = {
                 "bias": self.weights.tensors[bias],
                 "load": load,
