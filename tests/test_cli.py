@@ -482,3 +482,50 @@ def test_export(fake: Fake, calls: Calls, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(["export", "d", "--format", "hf", "-o", "o"]) == 0
     assert calls == [("export", ("d",), {"format": "hf", "out": "o"})]
     assert capsys.readouterr().out == "wrote o\n"
+
+
+# ---- the whole way --------------------------------------------------------------------------------------------------
+
+SMALL = "deepseek-v3-tiny:num_hidden_layers=2,hidden_size=32,vocab_size=64,moe_intermediate_size=16"
+
+
+def test_a_model_becomes_a_plan_and_every_dump_resumes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, dump = tmp_path / "small.plan", tmp_path / "dump"
+    flags = ["--seq", "16", "--kernels", "none", "--keep-ir", "--dump", str(dump), "-o", str(path), "--json"]
+    assert cli.main(["compile", SMALL, *flags]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["file"] == str(path) and printed["model"]["name"] == "deepseek-v3-tiny"
+    plan = load_plan(path)
+    names = sorted(p.name for p in dump.iterdir())
+    assert names == [name for name, _ in plan.steps] and len(names) == len(plan.reports) + 1
+    assert [(dump / name).read_text() for name in names] == [text for _, text in plan.steps]
+    passes = plan.pipeline.split(",")
+    assert [name.split("-")[1] for name in names[1:]] == [f"{p}.ir" for p in passes]
+    for done in sorted({*range(0, len(names), 3), len(names) - 1}):
+        assert cli.main(["opt", str(dump / names[done]), "-p", ",".join(passes[done:])]) == 0
+        assert capsys.readouterr().out == plan.ir, f"resumed from {names[done]}"
+    assert cli.main(["inspect", str(path), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert {**again, "file": str(path)} == printed
+    assert cli.main(["generate", str(path), "--tokens", "1,2,3", "--max-new-tokens", "2"]) == 0
+    assert len(capsys.readouterr().out.split(",")) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("compile deepseek-v3-tony", "unknown model 'deepseek-v3-tony'"),
+        ("compile deepseek-v3-tiny --target h80", "--target h80 is unknown; did you mean 'h800'?"),
+        ("compile deepseek-v3-tiny -p fuze", "unknown pass 'fuze'; did you mean 'fuse'?"),
+        ("compile deepseek-v3-tiny --mesh pp=2,xp=2", "'xp=2' is not an axis"),
+        ("compile deepseek-v3-tiny --stop-after fuze", "--stop-after fuze: the pipeline has no such pass"),
+        ("compile deepseek-v3-tiny --seq 9999999", "--seq 9999999 exceeds the model's 4096 positions"),
+        ("compile deepseek-v3-16b --target h800", "this job needs"),
+    ],
+)
+def test_what_cannot_be_compiled(line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                 capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and [*tmp_path.iterdir()] == []
