@@ -201,6 +201,34 @@ def test_random_gradients_equal_autograd(seed: int, pipeline: str) -> None:
     assert torch.equal(execute(cut, "forward", given)["loss.one"], expected)
 
 
+def test_weight_bound_twice_and_loss_read_again() -> None:
+    text = """
+def f(x: f64[B, 4], *, u: f64[4, 4], v: f64[4, 4]):
+    a = linear(x, u)
+    b = linear(a, v)
+    s = sum_all(b)
+    return b, s
+
+def g(b: f64[B, 4], s: f64[()]):
+    r = sum_all(b)
+    t = multiply(r, s)
+    return t
+
+weights = [('w', 'f64[4, 4]', 'normal', 1.0, 'matrix')]
+sequences = [('train', ('x',), ('s', 't'), ('s', 't'), (), [
+    ('F', 'first', 'f', ('x',), ('w', 'w'), ('b', 's')),
+    ('F', 'second', 'g', ('b', 's'), (), ('t',)),
+])]
+"""
+    program = text_state(text, REGISTRY).program
+    generator = torch.Generator().manual_seed(0)
+    given = {"x": draw(Type(DType.f64, (3, 4)), {}, generator), **draw_weights(program, generator)}
+    scales = {"s": 0.5, "t": -2.0}
+    cut = apply(program, PIPELINES[2])
+    assert len(cut.sequence("train").gradients) == 2
+    assert_close(gradients(cut, "train", given, scales), autograd(program, "train", given, scales), 1e-10)
+
+
 # ---- what it refuses and says ---------------------------------------------------------------------------------------
 
 
