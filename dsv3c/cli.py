@@ -31,7 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         from dsv3c import commands
+        from dsv3c.plugins import load_plugin
 
+        for path in arguments.plugin:
+            load_plugin(path)
         status: int = getattr(commands, arguments.command.replace("-", "_"))(arguments)
         sys.stdout.flush()
         return status
@@ -110,10 +113,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dsv3c {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def command(name: str, help: str, json: bool = True) -> argparse.ArgumentParser:
+    def command(name: str, help: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.")
-        if json:
-            added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.add_argument("--json", action="store_true", help="print the result as JSON")
+        added.add_argument("--plugin", action="append", default=[], metavar="FILE.py",
+                           help="first run this file, which registers ops, passes, targets or models")  # fmt: skip
         return added
 
     _compile(command("compile", "turn a model into a plan"))

@@ -105,7 +105,7 @@ def test_compile_flags_are_the_keywords_of_the_driver() -> None:
 
     from dsv3c import driver
 
-    flags = {a.dest for a in parsers()["compile"]._actions} - {"help", "json", "out"}
+    flags = {a.dest for a in parsers()["compile"]._actions} - {"help", "json", "out", "plugin"}
     assert flags <= {*inspect.signature(driver.compile).parameters}
 
 
@@ -254,6 +254,20 @@ def test_opt_refuses_what_is_not_text(source: Path, capsys: pytest.CaptureFixtur
     source.write_bytes(b"\xff\xfe\x00")
     assert cli.main(["opt", str(source), "-p", ""]) == 2
     assert "is not text" in capsys.readouterr().err
+
+
+def test_a_plugin_is_run_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    from dsv3c import passes
+
+    monkeypatch.setattr(passes, "_passes", {})
+    monkeypatch.setattr(passes, "PASSES", passes._passes)
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("from dsv3c.passes import register\nfrom test_cli import DropLast\nregister(DropLast)\n")
+    assert cli.main(["opt", str(source), "-p", "drop_last", "--plugin", str(plugin)]) == 0
+    assert "unused" not in capsys.readouterr().out
+    assert cli.main(["list", "ops", "--plugin", str(tmp_path / "none.py")]) == 2
+    assert "none.py: is not a Python file" in capsys.readouterr().err
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
