@@ -162,6 +162,8 @@ def _compile(p: argparse.ArgumentParser) -> None:
                    help="expert buffers as a multiple of balanced load (default 1.5)")  # fmt: skip
     p.add_argument("--kernels", choices=KERNELS, help="how far kernels are made (default binary)")
     p.add_argument("--implementations", choices=IMPLEMENTATIONS, help="which kind an op runs on (default auto)")
+    p.add_argument("--document-end", type=_seed, metavar="TOKEN",
+                   help="the token between packed documents, if attention must not cross it")  # fmt: skip
     p.add_argument("-p", "--passes", metavar="PIPELINE", help="passes to run instead of the job's own: 'a,b{k=1}'")
     _pipeline_flags(p)
     p.add_argument("--keep-ir", action="store_true", help="keep the program after every pass in the plan")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 COMPILE_FLAGS = (
     "job", "target", "mesh", "ranks_per_node", "seq", "micro_batch", "global_batch", "precision", "schedule",
     "expert_headroom", "kernels", "implementations", "passes", "print_after", "dump", "stop_after",
+    "document_end",
 )  # fmt: skip
 
 
