@@ -8,10 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsv3c.ir import Graph, Program, Sequence, Value
+from dsv3c.lazy import lazy
 from dsv3c.op import Registry
 from dsv3c.rewrite import is_view
+
+if TYPE_CHECKING:
+    import numpy
+else:
+    numpy = lazy("numpy")
 
 ALIGNMENT = 256
 """Bytes; a multiple of every cache line, vector and TMA alignment."""
@@ -34,23 +41,23 @@ def place(wanted: list[tuple[str, int, int, int]]) -> tuple[tuple[Slot, ...], in
     Largest first, each at the lowest gap that fits. Gives the slots, in the order of `wanted`, and the peak bytes.
     """
     order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][2], i))
-    placed: list[Slot] = []
+    low, high, born, dead = (numpy.zeros(len(wanted) + 1, numpy.int64) for _ in range(4))  # sorted by `low`
     slots: dict[int, Slot] = {}
-    for i in order:
+    peak = 0
+    for count, i in enumerate(order):
         name, size, start, end = wanted[i]
         size = -(-size // ALIGNMENT) * ALIGNMENT
-        offset = 0
-        for other in placed:  # sorted by offset
-            if other.start <= end and start <= other.end:
-                if offset + size <= other.offset:
-                    break
-                offset = max(offset, other.offset + other.size)
+        near = numpy.flatnonzero((born[:count] <= end) & (dead[:count] >= start))
+        top = numpy.zeros(len(near) + 1, numpy.int64)
+        numpy.maximum.accumulate(high[near], out=top[1:])
+        gaps = numpy.flatnonzero(low[near] - top[:-1] >= size)
+        offset = int(top[gaps[0] if len(gaps) else -1])
         slots[i] = Slot(name, offset, size, start, end)
-        at = len(placed)
-        while at and placed[at - 1].offset > offset:
-            at -= 1
-        placed.insert(at, slots[i])
-    peak = max((s.offset + s.size for s in placed), default=0)
+        peak = max(peak, offset + size)
+        at = int(numpy.searchsorted(low[:count], offset))
+        for column, value in ((low, offset), (high, offset + size), (born, start), (dead, end)):
+            column[at + 1 : count + 1] = column[at:count]
+            column[at] = value
     return tuple(slots[i] for i in range(len(wanted))), peak
 
 
