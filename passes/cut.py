@@ -31,7 +31,7 @@ class Cut(Pass):
         joints = [g for g in program.graphs if g.name.endswith(JOINT)]
         if not joints:
             return state
-        hoisted = _hoisted(program)
+        hoisted = hoisted_inputs(program)
         shared = {y.graph for s in program.sequences if not s.losses for y in s.layers}
         pieces: dict[str, Pieces] = {}
         for g in joints:
@@ -62,7 +62,7 @@ class Pieces:
     record: CutRecord
 
 
-def _hoisted(program: Program) -> dict[str, frozenset[str]]:
+def hoisted_inputs(program: Program) -> dict[str, frozenset[str]]:
     """Inputs of each graph that every layer takes from the prologue."""
     if not program.has_sequence("prologue"):
         return {}

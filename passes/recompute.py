@@ -9,58 +9,80 @@ from typing import ClassVar
 import networkx
 
 from dsv3c.dims import bind
+from dsv3c.errors import InputError
 from dsv3c.ir import Graph, Node, Phase, Type, Value
-from dsv3c.op import Effect, Registry
+from dsv3c.op import Registry
+from dsv3c.passes.cut import hoisted_inputs
 from dsv3c.passes.differentiate import JOINT
-from dsv3c.rewrite import ancestors
+from dsv3c.rewrite import fresh, is_view, pure
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.target import Machine
+
+GIB = 2**30
+UNITS = 10**18
+"""Costs are whole attoseconds: a minimum cut in floating point may end up on the wrong side of a rounding error."""
 
 
 @dataclass(frozen=True)
 class Recompute(Pass):
     """Recompute in B and W what is cheaper to compute again than to keep.
 
-    `price`: what keeping one gibibyte for backward costs, in milliseconds; 0 keeps everything. The choice is the
-    minimum cut of a network in which each forward value that backward needs is either kept, for its bytes times the
-    price, or computed again, for its time under the machine's cost model once its inputs are there.
+    `price`: what keeping one gibibyte for backward costs, in milliseconds; 0 keeps everything, `none` leaves it to the
+    driver, which takes the lowest price at which the plan fits the machine. The choice is the minimum cut of a network
+    in which each forward value that backward needs is either kept, for its bytes times the price, or computed again,
+    for its time under the machine's cost model once its inputs are there.
     """
 
     name: ClassVar[str] = "recompute"
-    price: float = 0.0
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.price is not None and not 0 <= self.price < float("inf"):
+            raise InputError(f"the price of memory is {self.price} ms per GiB; it must be 0 or more")
 
     def run(self, state: State, note: TakeNote) -> State:
-        if self.price <= 0:
-            note("saved", "program", "memory costs nothing at price 0, so nothing is computed again")
+        if not self.price:
+            reason = "memory has no price" if self.price is None else "memory costs nothing at price 0"
+            note("saved", "program", f"{reason}, so nothing is computed again")
             return state
         if state.machine is None:
             note("saved", "program", "no machine is given, so the time of computing again is unknown")
             return state
-        graphs = tuple(
-            self._choose(g, state.registry, state.sizes, state.machine, note) if g.name.endswith(JOINT) else g
-            for g in state.program.graphs
-        )
-        return state.with_program(state.program.with_graphs(graphs))
+        lasting = hoisted_inputs(state.program)
+        graphs = []
+        for graph in state.program.graphs:
+            if graph.name.endswith(JOINT):
+                free = lasting.get(graph.name.removesuffix(JOINT), frozenset())
+                times = Times(state.registry, state.sizes, state.machine)
+                again = cheapest(graph, times, self.price * 1e-3 / GIB, free)
+                new = with_recomputation(graph, state.registry, again) if again else graph
+                self._describe(graph, new, again, times, free, note)
+                graph = new
+            graphs.append(graph)
+        return state.with_program(state.program.with_graphs(tuple(graphs)))
 
-    def _choose(self, graph: Graph, registry: Registry, sizes: Mapping[str, int], machine: Machine,
-                note: TakeNote) -> Graph:  # fmt: skip
-        needed = needed_values(graph)
-        again = cheapest(graph, registry, sizes, machine, self.price * 1e-3 / 2**30, needed)
+    def _describe(self, graph: Graph, new: Graph, again: set[str], times: Times, free: frozenset[str],
+                  note: TakeNote) -> None:  # fmt: skip
+        """Tell both choices: what is computed again, and what is kept at which cost."""
+        assert self.price is not None
         name = graph.name.removesuffix(JOINT)
-        kept = [v for v in needed if v.name in graph.producers and v.name not in again]
         for node in graph.nodes:
             names = [v.name for v in node.outputs if v.name in again]
             if names:
-                seconds = node_seconds(node, registry, sizes, machine)
-                note(
-                    "recomputed",
-                    f"{name}.{node.path}",
-                    f"{node.op} gives {', '.join(names)} again in {seconds * 1e6:.1f} µs",
-                )
-        for v in kept:
-            node = graph.producers[v.name]
-            note("saved", f"{name}.{node.path}", f"{v.name}, {v.type.bytes(sizes) / 2**20:.2f} MiB")
-        return with_recomputation(graph, registry, again) if again else graph
+                time = f"{times.seconds(node) * 1e6:.1f} µs"
+                note("recomputed", f"{name}.{node.path}", f"{node.op} gives {', '.join(names)} again in {time}")
+        kept = (base_of(v, graph, times.registry) for v in needed_values(new))
+        for v in dict.fromkeys(kept):
+            maker = graph.producers.get(v.name)
+            if maker is None or v.name in free:
+                continue
+            size = v.type.bytes(times.sizes) / GIB
+            cost = f"{v.name}, {size * 1024:.2f} MiB, cost {size * self.price * 1e3:.1f} µs at this price"
+            if not pure(maker, times.registry):
+                note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} is not done twice")
+            else:
+                seconds = times.seconds(maker)
+                note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} alone takes {seconds * 1e6:.1f} µs")
 
 
 def needed_values(graph: Graph) -> tuple[Value, ...]:
@@ -72,76 +94,77 @@ def needed_values(graph: Graph) -> tuple[Value, ...]:
     return tuple(v for v in graph.values() if v.name in read - weights - cotangents - made_later)
 
 
-def node_seconds(node: Node, registry: Registry, sizes: Mapping[str, int], machine: Machine) -> float:
-    """Time of one node: the longest of arithmetic and memory traffic, and the start of a kernel."""
-    op = registry[node.op]
-    if op.view:
-        return 0.0
-    bound = tuple(Type(v.type.dtype, v.type.bound(sizes)) for v in node.inputs)
-    outputs = tuple(Type(v.type.dtype, v.type.bound(sizes)) for v in node.outputs)
-    cost = op.cost(bound, outputs, **dict(node.attrs))
-    rate = machine.matrix_rate(node.inputs[0].type.dtype)
-    seconds = (
-        bind(cost.flops, {}) / rate,
-        bind(cost.vector_flops, {}) / machine.vector_flops,
-        bind(cost.bytes, {}) / machine.memory_bandwidth,
-    )
-    return max(seconds) + machine.latency
+@dataclass(frozen=True, slots=True)
+class Times:
+    """How long nodes take: the longest of arithmetic and memory traffic, and the start of a kernel."""
 
+    registry: Registry
+    sizes: Mapping[str, int]
+    machine: Machine
 
-def cheapest(graph: Graph, registry: Registry, sizes: Mapping[str, int], machine: Machine, price: float,
-             needed: tuple[Value, ...]) -> set[str]:  # fmt: skip
-    """Names of the forward values to compute again. `price` is in seconds per byte kept.
-
-    In the network, `need v` is on the source side if backward has v at hand, `again n` if node n runs a second time.
-    """
-    network = networkx.DiGraph()
-    weights = {v.name for v in graph.weights}
-    infinite = float("inf")
-
-    def need(v: Value) -> tuple[str, str]:
-        return "need", base_of(v, graph, registry).name
-
-    for v in needed:
-        if base_of(v, graph, registry).name not in weights:
-            network.add_edge("source", need(v), capacity=infinite)
-    for node in (n for n in graph.nodes if n.phase is Phase.F):
-        if registry[node.op].view:
-            continue
-        repeat = ("again", node.outputs[0].name)
-        repeatable = registry[node.op].effect is Effect.PURE
-        for v in node.outputs:
-            network.add_edge(("need", v.name), repeat, capacity=price * v.type.bytes(sizes) if repeatable else infinite)
-        # A value that cannot be computed again is kept: its bytes are paid on the way to the sink.
-        cost = (
-            node_seconds(node, registry, sizes, machine)
-            if repeatable
-            else price * sum(v.type.bytes(sizes) for v in node.outputs)
+    def seconds(self, node: Node) -> float:
+        """Time of one node; a view takes none."""
+        op = self.registry[node.op]
+        if op.view:
+            return 0.0
+        inputs, outputs = (tuple(Type(v.type.dtype, v.type.bound(self.sizes)) for v in values)
+                           for values in (node.inputs, node.outputs))  # fmt: skip
+        cost = op.cost(inputs, outputs, **dict(node.attrs))
+        rate = self.machine.matrix_rate(node.inputs[0].type.dtype)
+        parts = (
+            bind(cost.flops, {}) / rate,
+            bind(cost.vector_flops, {}) / self.machine.vector_flops,
+            bind(cost.bytes, {}) / self.machine.memory_bandwidth,
         )
-        network.add_edge(repeat, "sink", capacity=cost)
-        if repeatable:
-            for v in node.inputs:
-                if base_of(v, graph, registry).name not in weights:
-                    network.add_edge(repeat, need(v), capacity=infinite)
+        return max(parts) + self.machine.latency
+
+
+def cheapest(graph: Graph, times: Times, price: float, free: frozenset[str] = frozenset()) -> set[str]:
+    """Names of the forward values to compute again. `price` is in seconds per byte kept; `free` inputs cost nothing.
+
+    In the network, `need v` is on the source side if backward needs v at hand, `again n` if node n runs a second time.
+    Cutting `need v` from the node that makes v means to keep v; cutting `again n` from the sink, to run n again.
+    """
+    registry, infinite = times.registry, float("inf")
+    network = networkx.DiGraph()
+    lasting = {v.name for v in graph.weights} | free
+
+    def keep(v: Value) -> int:
+        return round(price * v.type.bytes(times.sizes) * UNITS)
+
+    def needs(reader: object, v: Value) -> None:
+        base = base_of(v, graph, registry)
+        if base.name not in lasting:
+            network.add_edge(reader, ("need", base.name), capacity=infinite)
+
+    for v in needed_values(graph):
+        needs("source", v)
     for v in graph.inputs:
-        if ("need", v.name) in network:
-            network.add_edge(("need", v.name), "sink", capacity=price * v.type.bytes(sizes))
-    if "source" not in network or "sink" not in network:
+        network.add_edge(("need", v.name), "sink", capacity=keep(v))
+    for node in (n for n in graph.nodes if n.phase is Phase.F and not is_view(n, registry)):
+        again = ("again", node.outputs[0].name) if pure(node, registry) else "sink"
+        for v in node.outputs:
+            network.add_edge(("need", v.name), again, capacity=keep(v))
+        if again != "sink":
+            network.add_edge(again, "sink", capacity=round(times.seconds(node) * UNITS))
+            for v in node.inputs:
+                needs(again, v)
+    if "source" not in network:
         return set()
     _, (source_side, _) = networkx.minimum_cut(network, "source", "sink")
-    again = {
-        v.name
-        for n in graph.nodes
-        if n.phase is Phase.F and not registry[n.op].view and registry[n.op].effect is Effect.PURE
-        and ("again", n.outputs[0].name) in source_side
-        for v in n.outputs
-    }  # fmt: skip
-    return again & ancestors(graph, needed)
+    found: set[str] = set()
+    todo = [base_of(v, graph, registry) for v in needed_values(graph)]
+    while todo:
+        maker = graph.producers.get(todo.pop().name)
+        if maker and ("again", maker.outputs[0].name) in source_side and maker.outputs[0].name not in found:
+            found.update(v.name for v in maker.outputs)
+            todo += [base_of(v, graph, registry) for v in maker.inputs]
+    return found
 
 
 def base_of(v: Value, graph: Graph, registry: Registry) -> Value:
     """The value whose storage `v` is a view of."""
-    while v.name in graph.producers and registry[graph.producers[v.name].op].view:
+    while v.name in graph.producers and is_view(graph.producers[v.name], registry):
         v = graph.producers[v.name].inputs[0]
     return v
 
@@ -149,29 +172,36 @@ def base_of(v: Value, graph: Graph, registry: Registry) -> Value:
 def with_recomputation(graph: Graph, registry: Registry, again: set[str]) -> Graph:
     """A copy in which B and W read values of `again`, and views of them, from nodes that compute them a second time.
 
-    A repeated node is W if only W nodes read it, else B.
+    A repeated node is W if only W nodes read it, else B. It stands right before the first that reads it, so that what
+    it makes does not lie in memory for longer than it must.
     """
     repeated: dict[str, Value] = {}
-    copies: list[Node] = []
-    for node in (n for n in graph.nodes if n.phase is Phase.F):
-        view = registry[node.op].view and node.inputs[0].name in repeated
-        if view or any(v.name in again for v in node.outputs):
-            outputs = tuple(Value(f"{v.name}_again", v.type) for v in node.outputs)
-            inputs = tuple(repeated.get(v.name, v) for v in node.inputs)
-            copies.append(replace(node, inputs=inputs, outputs=outputs, phase=Phase.B))
-            repeated.update((v.name, w) for v, w in zip(node.outputs, outputs, strict=True))
+    makers: dict[str, Node] = {}
     forward = [n for n in graph.nodes if n.phase is Phase.F]
-    backward = []
-    for n in graph.nodes:
-        if n.phase is not Phase.F:
-            backward.append(replace(n, inputs=tuple(repeated.get(v.name, v) for v in n.inputs)))
-    read_by_b = ancestors(
-        graph.but(nodes=tuple(copies)), tuple(v for n in backward if n.phase is Phase.B for v in n.inputs)
-    )
-    read = ancestors(graph.but(nodes=tuple(copies)), tuple(v for n in backward for v in n.inputs))
-    used = [
-        replace(n, phase=Phase.B if any(v.name in read_by_b for v in n.outputs) else Phase.W)
-        for n in copies
-        if any(v.name in read for v in n.outputs)
-    ]
-    return graph.but(nodes=(*forward, *used, *backward))
+    taken = {v.name for v in graph.values()}
+    for node in forward:
+        view = is_view(node, registry) and node.inputs[0].name in repeated
+        if view or any(v.name in again for v in node.outputs):
+            outputs = tuple(Value(fresh(taken, f"{v.name}_again"), v.type) for v in node.outputs)
+            copy = replace(node, inputs=tuple(repeated.get(v.name, v) for v in node.inputs), outputs=outputs)
+            makers.update((v.name, copy) for v in outputs)
+            repeated.update((v.name, w) for v, w in zip(node.outputs, outputs, strict=True))
+    later = [replace(n, inputs=tuple(repeated.get(v.name, v) for v in n.inputs))
+             for n in graph.nodes if n.phase is not Phase.F]  # fmt: skip
+    backward: list[Node] = []
+
+    def emit(v: Value, phase: Phase) -> None:
+        node = makers.pop(v.name, None)
+        if node is not None:
+            for w in node.outputs:
+                makers.pop(w.name, None)
+            for w in node.inputs:
+                emit(w, phase)
+            backward.append(replace(node, phase=phase))
+
+    for phase in (Phase.B, Phase.W):
+        for node in (n for n in later if n.phase is phase):
+            for v in node.inputs:
+                emit(v, phase)
+            backward.append(node)
+    return graph.but(nodes=(*forward, *backward))
