@@ -132,6 +132,29 @@ def _version() -> str:
         raise WorkError("kernels for the CPU need TVM: pip install apache-tvm, or use --kernels none") from error
 
 
+@functools.cache
+def _lowering() -> str:
+    """The name of the passes that our scripts need. TVM's default list takes seconds to analyse what LLVM does
+    well, and moves vector temporaries from the stack to the heap."""
+    import tvm
+    from tvm import tirx
+
+    def passes() -> tuple[object, ...]:
+        module_passes = [
+            tirx.transform.FlattenBuffer(),
+            tirx.transform.VectorizeLoop(True),
+            tirx.transform.AnnotateEntryFunc(),
+            tirx.transform.SplitHostDevice(),
+            tirx.transform.MakePackedAPI(),
+        ]
+        host = [tirx.transform.LowerTVMBuiltin(), tirx.transform.LowerIntrin()]
+        run = tvm.ir.transform.Sequential
+        return run(module_passes), lambda: run(host), lambda: run([tirx.transform.LowerIntrin()])
+
+    tirx.compilation_pipeline.register_tir_pipeline("dsv3c_rows", passes)
+    return "dsv3c_rows"
+
+
 def _compile(script: str, entry: str, cpu: str) -> str:
     _version()
     import tvm
@@ -139,8 +162,9 @@ def _compile(script: str, entry: str, cpu: str) -> str:
     try:
         function = tvm.script.from_source(script)
         module = tvm.IRModule({entry: function})
+        target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
         with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-            built = tvm.compile(module, target=tvm.target.Target({"kind": "llvm", "mcpu": cpu}))
+            built = tvm.compile(module, target=target, tir_pipeline=_lowering())
     except (tvm.error.TVMError, tvm.error.DiagnosticError, RuntimeError, ValueError, TypeError) as error:
         raise WorkError(f"TVM could not compile the kernel {entry}: {str(error).strip().splitlines()[0]}") from error
     return _finish(built.mod.inspect_source("ll"))

@@ -1,18 +1,22 @@
 """TIR expressions for what row programs compute: rounding to storage types bit by bit, and a vectorizable exp.
 
 TVM's own casts to 8-bit floats are wrong and its exp is a call per number, hence these. It folds `x != x` and
-`(x + c) - c`, so NaN is recognized, and what a sum rounded off recovered, by bits. Each function takes and gives TIR text; `let` names a value.
+`(x + c) - c`, so NaN is recognized, and what a sum rounded off recovered, by bits. Each function takes and gives TIR text.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 from dsv3c.ir import DType
 
-Let = Callable[[str], str]
-"""`let(text)` emits a binding and gives its name."""
+
+class Let(Protocol):
+    """`let(text)` emits a statement that computes `text` and gives its name; `dtype` if it is not the wide type."""
+
+    def __call__(self, text: str, dtype: str = "") -> str: ...
+
 
 STORAGE = {
     DType.f64: "float64", DType.f32: "float32", DType.bf16: "uint16", DType.f16: "float16", DType.e4m3: "uint8",
@@ -97,44 +101,44 @@ def rounded(x: str, dtype: DType, wide: str, let: Let) -> str:
 
 
 def _single(x: str, wide: str, let: Let) -> str:
-    return x if wide == "float32" else let(f'T.Cast("float32", {x})')
+    return x if wide == "float32" else let(f'T.Cast("float32", {x})', "float32")
 
 
 def _to_bf16(x: str, let: Let) -> str:
     """The bits of a float32 with the lower half rounded away; NaN becomes the quiet one."""
-    u = let(_bits(x))
+    u = let(_bits(x), "uint32")
     up = f"T.bitwise_and(T.shift_right({u}, T.uint32(16)), T.uint32(1))"
-    near = let(f"T.bitwise_and({u} + T.uint32(32767) + {up}, T.uint32({0xFFFF0000}))")
-    return let(f"T.Select({_is_nan(x, 'float32')}, T.uint32({0x7FC00000}), {near})")
+    near = let(f"T.bitwise_and({u} + T.uint32(32767) + {up}, T.uint32({0xFFFF0000}))", "uint32")
+    return let(f"T.Select({_is_nan(x, 'float32')}, T.uint32({0x7FC00000}), {near})", "uint32")
 
 
 def _rounded_small(x: str, wide: str, mantissa: int, least: int, top: float, let: Let) -> str:
     """`x` with `mantissa` bits, exponents from `least`, subnormals below, saturating at `top`; NaN stays."""
     word, width, full = ("uint64", 64, 52) if wide == "float64" else ("uint32", 32, 23)
     drop = full - mantissa
-    bits = f'T.reinterpret("{word}", {x})'
-    a = let(f"T.Select(T.abs({x}) < {number(top, wide)}, T.abs({x}), {number(top, wide)})")
-    u = let(f'T.reinterpret("{word}", {a})')
+    a = let(f"T.Select(T.abs({x}) < {number(top, wide)}, T.abs({x}), {number(top, wide)})", wide)
+    u = let(f'T.reinterpret("{word}", {a})', word)
     up = f"T.bitwise_and(T.shift_right({u}, T.{word}({drop})), T.{word}(1))"
-    normal = let(f"T.shift_left(T.shift_right({u} + T.{word}({2 ** (drop - 1) - 1}) + {up}, T.{word}({drop})), T.{word}({drop}))")
+    cut = f"T.shift_right({u} + T.{word}({2 ** (drop - 1) - 1}) + {up}, T.{word}({drop}))"
+    normal = let(f"T.shift_left({cut}, T.{word}({drop}))", word)
     magic = number(2.0 ** (full + least - mantissa), wide)
-    tiny = let(f"{a} + {magic}")
-    steps = f'T.reinterpret("{word}", {tiny}) - T.reinterpret("{word}", {magic})'
-    small = let(f'T.reinterpret("{word}", T.Cast("{wide}", {steps}) * {number(2.0 ** (least - mantissa), wide)})')
-    near = f"T.Select({a} < {number(2.0**least, wide)}, {small}, {normal})"
-    sign = f"T.shift_left(T.shift_right({bits}, T.{word}({width - 1})), T.{word}({width - 1}))"
-    value = let(f'T.reinterpret("{wide}", T.bitwise_or({sign}, {near}))')
+    tiny = let(f"{a} + {magic}", wide)
+    steps = let(f'T.reinterpret("{word}", {tiny}) - T.reinterpret("{word}", {magic})', word)
+    small = let(f'T.Cast("{wide}", {steps}) * {number(2.0 ** (least - mantissa), wide)}', wide)
+    near = f'T.Select({a} < {number(2.0**least, wide)}, T.reinterpret("{word}", {small}), {normal})'
+    sign = f'T.shift_left(T.shift_right(T.reinterpret("{word}", {x}), T.{word}({width - 1})), T.{word}({width - 1}))'
+    value = let(f'T.reinterpret("{wide}", T.bitwise_or({sign}, {near}))', wide)
     return f"T.Select({_is_nan(x, wide)}, {x}, {value})"
 
 
 def _to_e4m3(x: str, let: Let) -> str:
-    a = let(f"T.Select(T.abs({x}) < T.float32(448.0), T.abs({x}), T.float32(448.0))")
-    u = let(_bits(a))
+    a = let(f"T.Select(T.abs({x}) < T.float32(448.0), T.abs({x}), T.float32(448.0))", "float32")
+    u = let(_bits(a), "uint32")
     up = f"T.bitwise_and(T.shift_right({u}, T.uint32(20)), T.uint32(1))"
-    normal = let(f"T.shift_right({u} - T.uint32({120 << 23}) + T.uint32({0x7FFFF}) + {up}, T.uint32(20))")
-    tiny = let(f"{a} + T.float32(16384.0)")
-    near = let(f"T.Select({a} < T.float32(0.015625), {_bits(tiny)} - {_bits('T.float32(16384.0)')}, {normal})")
-    kept = let(f"T.Select({_is_nan(x, 'float32')}, T.uint32(127), {near})")
+    normal = let(f"T.shift_right({u} - T.uint32({120 << 23}) + T.uint32({0x7FFFF}) + {up}, T.uint32(20))", "uint32")
+    tiny = let(f"{a} + T.float32(16384.0)", "float32")
+    near = f"T.Select({a} < T.float32(0.015625), {_bits(tiny)} - {_bits('T.float32(16384.0)')}, {normal})"
+    kept = let(f"T.Select({_is_nan(x, 'float32')}, T.uint32(127), {let(near, 'uint32')})", "uint32")
     return f'T.Cast("uint8", T.bitwise_or(T.shift_left(T.shift_right({_bits(x)}, T.uint32(31)), T.uint32(7)), {kept}))'
 
 
@@ -165,20 +169,20 @@ def _exp(x: str, wide: str, let: Let) -> str:
     """e^x; in float32 within 2 units in the last place: x = n·ln 2 + r, a polynomial in r, and 2^n in two factors."""
     if wide == "float64":
         return f"T.exp({x})"
-    below = let(f"T.Select({x} > T.float32(89.0), T.float32(89.0), {x})")
-    a = let(f"T.Select({below} < T.float32(-104.0), T.float32(-104.0), {below})")
+    below = let(f"T.Select({x} < T.float32(89.0), {x}, T.float32(89.0))")
+    a = let(f"T.Select({below} > T.float32(-104.0), {below}, T.float32(-104.0))")
     shifted = let(f"{a} * T.float32({_LOG2_E!r}) + T.float32({_ROUNDER!r})")
-    power = let(f'T.reinterpret("int32", {shifted}) - T.reinterpret("int32", T.float32({_ROUNDER!r}))')
+    power = let(f'T.reinterpret("int32", {shifted}) - T.reinterpret("int32", T.float32({_ROUNDER!r}))', "int32")
     n = let(f'T.Cast("float32", {power})')
     high = let(f"{a} - {n} * T.float32({_LN2_HIGH!r})")
     r = let(f"{high} - {n} * T.float32({_LN2_LOW!r})")
     p = let(f"{r} * T.float32({1 / 5040!r}) + T.float32({1 / 720!r})")
     for k in (120, 24, 6, 2, 1, 1):
         p = let(f"{p} * {r} + T.float32({1 / k!r})")
-    half = let(f"T.shift_right({power}, 1)")
+    half = let(f"T.shift_right({power}, 1)", "int32")
     first = let(f'T.reinterpret("float32", T.shift_left({half} + 127, 23))')
     second = let(f'T.reinterpret("float32", T.shift_left({power} - {half} + 127, 23))')
-    return f"{p} * {first} * {second}"
+    return f"T.Select({_is_nan(x, wide)}, {x}, {p} * {first} * {second})"
 
 
 def _power_of_two_above(x: str, wide: str, let: Let) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -53,6 +54,7 @@ class _Scope:
     """Where statements go: lines so far, the column they are about, and what is already computed there."""
 
     lines: list[str]
+    lanes: int = 1
     column: str = ""
     known: dict[tuple[Row, int, int], str] = field(default_factory=dict)
     outer: _Scope | None = None
@@ -82,11 +84,10 @@ class _Generator:
         self.wide = tir.STORAGE[program.wide]
         self.lanes = 8 if self.wide == "float64" else 16
         self.stages: Stages = plan_stages(program)
-        self.names = 0
-        self.buffers: dict[Row, int] = {}
-        self.size = 0
-        for row, cols in self.stages.kept.items():
-            self.buffers[row] = self._reserve(cols)
+        self.locals: list[str] = []
+        self.buffers: dict[Row, str] = {}
+        for row in self.stages.kept:
+            self._place(row)
         self.row = _Scope([])
         self.level = 0
         self.moment = 0
@@ -104,17 +105,18 @@ class _Generator:
                 if all(t < u or (t == u and a and b) for t, a in reads for u, b in writes):
                     yield i, k
 
-    def _reserve(self, numbers: int) -> int:
-        start = self.size
-        self.size += -(-numbers // 16) * 16
-        return start
+    def _local(self, letter: str, size: int, dtype: str) -> str:
+        """Declare memory of a chunk's own. One vector stays on the stack, where LLVM makes it a register."""
+        name = f"{letter}{len(self.locals)}"
+        place = ', annotations={"disable_lower_builtin": True}' if size <= self.lanes else ""
+        self.locals.append(f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="local"{place})')
+        return name
 
     def text(self) -> str:
         body = self._row_body()
         rows = ["for i in T.serial(T.int64(0), inner):", *_indented(body)]
-        work = [f'work = T.alloc_buffer(({self.size},), "{self.wide}")'] if self.size else []
         chunk = [
-            *work,
+            *self.locals,
             *self._clear_partials(),
             "for r in T.serial(T.int64(0), T.min(step, outer - chunk * step)):",
             "    o: T.let = chunk * step + r",
@@ -122,6 +124,7 @@ class _Generator:
         ]
         widest = max([o.cols for o in self.program.operands] + [r.cols for r in self.program.results] + [1])
         serial = f"T.Select(outer * inner * T.int64({widest}) < T.int64({SERIAL_WORK}), 1, 0)"
+        total = self._add_partials()
         lines = [
             f'T.func_attr({{"global_symbol": "{self.entry}"}})',
             "outer = T.int64()",
@@ -133,7 +136,7 @@ class _Generator:
             f"for chunk in T.parallel(T.int64(0), T.int64({CHUNKS})):",
             "    if chunk * step < outer:",
             *_indented(_indented(chunk)),
-            *self._add_partials(),
+            *total,
         ]
         names = [f"p{i}" for i in range(len(self.program.operands))] + [f"q{i}" for i in range(len(self.program.results))]
         head = ["@T.prim_func", f"def {self.entry}({', '.join(f'{n}: T.handle' for n in names)}):"]
@@ -182,22 +185,25 @@ class _Generator:
         for k, r in self._columns():
             total: list[str] = []
             final: list[str] = []
+            known = len(self.locals)
             for start, lanes, count in _segments(r.cols, self.lanes):
                 at = self._column(start, lanes)
-                scope = _Scope([])
+                scope = _Scope([], lanes)
                 value = self._let(scope, f"partial{k}[{at}]")
-                text = tir.store(value, r.dtype, self.wide, lambda t, s=scope: self._let(s, t))  # type: ignore[misc]
+                text = tir.store(value, r.dtype, self.wide, functools.partial(self._let, scope))
                 scope.lines.append(f"y{k}[{at}] = {text}")
                 more = f"partial{k}[{at}] = partial{k}[{at}] + partial{k}[c * T.int64({r.cols}) + {at}]"
                 total += self._loops(lanes, count, [more])
                 final += self._loops(lanes, count, scope.lines)
+            lines += self.locals[known:]
+            del self.locals[known:]
             lines += ["for c in T.serial(T.int64(1), (outer + step - T.int64(1)) // step):", *_indented(total), *final]
         return lines
 
     def _loops(self, lanes: int, count: int, body: list[str]) -> list[str]:
         if lanes > 1:
-            body = [f"for v in T.vectorized({lanes}):", *_indented(body)]
-        return [f"for j in T.serial({count}):", *_indented(body)]
+            body = [f"for v in T.vectorized(T.int64(0), T.int64({lanes})):", *_indented(body)]
+        return [f"for j in T.serial(T.int64(0), T.int64({count})):", *_indented(body)]
 
     def _column(self, start: int, lanes: int, group: int = 0) -> str:
         terms = [f"g * {group}"] if group else []
@@ -205,11 +211,12 @@ class _Generator:
         terms += [str(start)] if start else []
         return " + ".join(terms)
 
-    def _let(self, scope: _Scope, text: str) -> str:
-        name = f"t{self.names}"
-        self.names += 1
-        scope.lines.append(f"{name}: T.let = {text}")
-        return name
+    def _let(self, scope: _Scope, text: str, dtype: str = "") -> str:
+        """Compute `text` in `scope`. A buffer and not a binding: TVM expands bindings into trees when it analyses."""
+        name = self._local("t", scope.lanes, dtype or self.wide)
+        named = f"{name}[{'v' if scope.lanes > 1 else '0'}]"
+        scope.lines.append(f"{named} = {text}")
+        return named
 
     def _row_body(self) -> list[str]:
         for index, o in enumerate(self.program.operands):
@@ -228,7 +235,7 @@ class _Generator:
         for k, r in enumerate(self.program.results):
             if r.kind == "scalar":
                 name = self._value(self.stages.results[k], self.row)
-                text = tir.store(name, r.dtype, self.wide, lambda t: self._let(self.row, t))
+                text = tir.store(name, r.dtype, self.wide, functools.partial(self._let, self.row))
                 self.row.lines.append(f"y{k}[o, i] = {text}")
         return self.row.lines
 
@@ -239,19 +246,19 @@ class _Generator:
         self.moment += 1
         lines = self.row.lines
         span = loop.group or loop.cols
-        slots: dict[Reduce, list[tuple[int, int]]] = {}
+        slots: dict[Reduce, list[tuple[str, int]]] = {}
         inner: list[str] = []
-        per_group = _Scope([], "g", outer=self.row)
+        per_group = _Scope([], column="g", outer=self.row)
         for start, lanes, count in _segments(span, self.lanes):
-            scope = _Scope([], self._column(start, lanes, loop.group), outer=per_group if loop.group else self.row)
-            lane = "v" if lanes > 1 else "0"
+            column = self._column(start, lanes, loop.group)
+            scope = _Scope([], lanes, column, outer=per_group if loop.group else self.row)
             for task in loop.tasks:
                 if isinstance(task, Reduce):
                     value = self._value(task.x, scope)
-                    slot = self._reserve(lanes)
+                    slot = self._local("a", lanes, self.wide)
                     slots.setdefault(task, []).append((slot, lanes))
-                    at = f"work[{slot} + {lane}]"
-                    scope.lines.append(f"{at} = {self._reduced(task, at, value, scope)}")
+                    at = f"{slot}[{'v' if lanes > 1 else '0'}]"
+                    scope.lines.append(f"{at} = {self._reduced(task, at, value)}")
             # All reads of a column come before its stores, so that a result may overwrite an operand.
             stores = [self._store(task, scope) for task in loop.tasks if isinstance(task, Store)]
             scope.lines += stores
@@ -260,42 +267,40 @@ class _Generator:
         grouped = {t: s for t, s in slots.items() if t.group}
         lines += self._start(whole)
         if loop.group:
-            ends = _Scope([], "g")
+            ends = _Scope([])
             for task, places in grouped.items():
-                ends.lines.append(f"work[{self._place(task)} + g] = {self._horizontal(task, places, ends)}")
+                ends.lines.append(f"{self._place(task)}[g] = {self._horizontal(task, places, ends)}")
             body = [*per_group.lines, *self._start(grouped), *inner, *ends.lines]
-            lines += [f"for g in T.serial({loop.cols // loop.group}):", *_indented(body)]
+            lines += [f"for g in T.serial(T.int64(0), T.int64({loop.cols // loop.group})):", *_indented(body)]
         else:
             lines += inner
         for task, places in whole.items():
-            self.row.known[task, 1, 0] = self._let(self.row, self._horizontal(task, places, self.row))
+            self.row.known[task, 1, 0] = self._horizontal(task, places, self.row)
 
-    def _place(self, task: Reduce) -> int:
-        if task not in self.buffers:
-            self.buffers[task] = self._reserve(task.cols)
-        return self.buffers[task]
+    def _place(self, row: Row) -> str:
+        """The row-local buffer of a value that is kept."""
+        if row not in self.buffers:
+            self.buffers[row] = self._local("b", row.cols, self.wide)
+        return self.buffers[row]
 
-    def _start(self, slots: dict[Reduce, list[tuple[int, int]]]) -> list[str]:
+    def _start(self, slots: dict[Reduce, list[tuple[str, int]]]) -> list[str]:
         lines: list[str] = []
         for task, places in slots.items():
             first = tir.number(0.0 if task.function == "sum" else float("-inf"), self.wide)
             for slot, lanes in places:
-                lines += [f"for v in T.vectorized({lanes}):", f"    work[{slot} + v] = {first}"] if lanes > 1 else [
-                    f"work[{slot}] = {first}"
-                ]  # fmt: skip
+                vector = [f"for v in T.vectorized(T.int64(0), T.int64({lanes})):", f"    {slot}[v] = {first}"]
+                lines += vector if lanes > 1 else [f"{slot}[0] = {first}"]
         return lines
 
-    def _reduced(self, task: Reduce, x: str, y: str, scope: _Scope) -> str:
-        if task.function == "sum":
-            return f"{x} + {y}"
-        return tir.binary("max", self._let(scope, x), y, self.wide)
+    def _reduced(self, task: Reduce, x: str, y: str) -> str:
+        return tir.binary({"sum": "add", "max": "max"}[task.function], x, y, self.wide)
 
-    def _horizontal(self, task: Reduce, places: list[tuple[int, int]], scope: _Scope) -> str:
+    def _horizontal(self, task: Reduce, places: list[tuple[str, int]], scope: _Scope) -> str:
         """The lanes of all accumulators as one number, pair by pair."""
-        parts = [f"work[{slot + lane}]" for slot, lanes in places for lane in range(lanes)]
+        parts = [f"{slot}[{lane}]" for slot, lanes in places for lane in range(lanes)]
         while len(parts) > 1:
             half = (len(parts) + 1) // 2
-            joined = [self._let(scope, self._reduced(task, a, b, scope)) for a, b in zip(parts, parts[half:], strict=False)]
+            joined = [self._let(scope, self._reduced(task, a, b)) for a, b in zip(parts, parts[half:], strict=False)]
             parts = joined + parts[len(joined) : half]
         return parts[0]
 
@@ -304,14 +309,14 @@ class _Generator:
         value = self._value(task.value, scope, own=task.kept)
         at = _affine(scope.column, task.stride, task.offset)
         if task.kept is not None:
-            return f"work[{self.buffers[task.kept]} + {at}] = {value}"
+            return f"{self._place(task.kept)}[{at}] = {value}"
         assert task.result is not None
         result = self.program.results[task.result]
         if result.kind == "column":
             place = f"partial{task.result}[chunk * T.int64({result.cols}) + {at}]"
             return f"{place} = {place} + {value}"
         self.writes.append((task.result, self.moment, task.stride == 1 and task.offset == 0))
-        text = tir.store(value, result.dtype, self.wide, lambda t: self._let(scope, t))
+        text = tir.store(value, result.dtype, self.wide, functools.partial(self._let, scope))
         return f"y{task.result}[o, i, {at}] = {text}"
 
     def _value(self, row: Row, scope: _Scope, a: int = 1, b: int = 0, own: Row | None = None) -> str:
@@ -328,13 +333,12 @@ class _Generator:
     def _compute(self, row: Row, scope: _Scope, a: int, b: int, own: Row | None) -> str:
         at = _affine(scope.column, a, b)
         if row is not own and self.stages.is_kept(row, self.level):
-            return self._let(scope, f"work[{self.buffers[row]} + {at}]")
+            return self._let(scope, f"{self._place(row)}[{at}]")
 
         def of(x: Row) -> str:
             return self._value(x, scope, a, b, own)
 
-        def let(text: str) -> str:
-            return self._let(scope, text)
+        let = functools.partial(self._let, scope)
 
         match row:
             case Operand(index=index):
@@ -343,7 +347,7 @@ class _Generator:
                 place = {"row": f"o, i, {at}", "prefix": f"o, {at}", "column": at}[operand.kind]
                 return let(tir.load(f"x{index}[{place}]", operand.dtype, self.wide))
             case Reduce():
-                return let(f"work[{self._place(row)} + {at}]")
+                return let(f"{self._place(row)}[{at}]")
             case Slice(x=x, start=start, step=step):
                 return self._value(x, scope, a * step, b * step + start, own)
             case Repeat(x=x):
