@@ -6,9 +6,10 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from dsv3c.dims import Dim, same
 from dsv3c.ir import Graph, Node, Phase, Value
 from dsv3c.op import Effect, Registry
-from dsv3c.rewrite import map_values, outline
+from dsv3c.rewrite import CALL, ancestors, map_values, outline
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.text import show_graph
 
@@ -17,8 +18,9 @@ from dsv3c.text import show_graph
 class Fuse(Pass):
     """Turn connected row-wise nodes of one phase into calls of region graphs, so that no intermediate meets memory.
 
-    Two nodes join when one hands the other whole rows (or one number per row) and no path between them leaves the
-    region. `single=false` leaves nodes alone that found no partner. Equal regions share one graph.
+    Two nodes join when one hands the other whole rows (or one number per row), both have the same rows, and no path
+    between them leaves the region. `single=false` leaves nodes alone that found no partner. Equal regions share one
+    graph.
     """
 
     name: ClassVar[str] = "fuse"
@@ -27,7 +29,7 @@ class Fuse(Pass):
 
     def run(self, state: State, note: TakeNote) -> State:
         program = state.program
-        called = {str(n.attr("graph")) for g in program.graphs for n in g.nodes if n.op == "call"}
+        called = {str(n.attr("graph")) for g in program.graphs for n in g.nodes if n.op == CALL}
         regions: dict[str, Graph] = {}
         graphs = []
         for graph in program.graphs:
@@ -36,9 +38,10 @@ class Fuse(Pass):
         return state.with_program(program.with_graphs((*new, *graphs)))
 
     def _fuse(self, graph: Graph, registry: Registry, regions: dict[str, Graph], note: TakeNote) -> Graph:
+        grouping = Grouping(graph, registry, self.most_operands)
         alone: list[Node] = []
         chosen: list[list[Node]] = []
-        for group in Grouping(graph, registry, self.most_operands).groups():
+        for group in grouping.groups():
             members = [graph.nodes[i] for i in trimmed(graph, registry, group)]
             work = [n for n in members if not registry[n.op].view]
             if len(work) > 1 or (self.single and work):
@@ -48,45 +51,58 @@ class Fuse(Pass):
         for members in chosen:
             made = {v.name for n in members for v in n.outputs}
             indices = [i for i, n in enumerate(graph.nodes) if any(v.name in made for v in n.outputs)]
-            found, outer = outline(graph, indices, "region")
+            found, outer = outline(graph, indices, _REGION)
             region = named_by_content(found)
             regions.setdefault(region.name, region)
-            graph = outer.but(nodes=tuple(_call(n, region.name) if n.op == "call" else n for n in outer.nodes))
+            graph = outer.but(nodes=tuple(_call(n, region.name) if n.op == CALL else n for n in outer.nodes))
             ops = " + ".join(n.op for n in members)
             note("fused", f"{graph.name}.{members[-1].path}", f"{ops} into {region.name}")
         for node in alone:
             note("kept", f"{graph.name}.{node.path}", f"{node.op} has no row-wise neighbour to join, and single=false")
+        for node, reason in grouping.refused():
+            note("kept", f"{graph.name}.{node.path}", reason)
         self._explain(graph, registry, note)
         return graph
 
     def _explain(self, graph: Graph, registry: Registry, note: TakeNote) -> None:
         """Say why large nodes between regions stay apart: they are not row-wise."""
         for node in graph.nodes:
-            if node.op != "call" and not registry[node.op].view and registry[node.op].rows is None:
+            if node.op != CALL and not registry[node.op].view and registry[node.op].rows is None:
                 note("kept", f"{graph.name}.{node.path}", f"{node.op} is not row-wise")
+
+
+_REGION = "region being named"
+"""No identifier, so no graph of the program has this name."""
 
 
 def _call(node: Node, name: str) -> Node:
     """The call of the region just outlined, under its final name."""
-    return replace(node, attrs=(("graph", name),)) if node.attr("graph") == "region" else node
+    return replace(node, attrs=(("graph", name),)) if node.attr("graph") == _REGION else node
 
 
-def space_edges(node: Node, registry: Registry) -> tuple[Value, ...]:
-    """The inputs that `node` reads row by row in its own row space."""
+def space(node: Node, registry: Registry) -> tuple[Dim, ...] | None:
+    """The dims over which a row-wise node has rows; None if no operand says."""
     rows = registry[node.op].rows
     assert rows is not None
-    return tuple(v for v, kind in zip(node.inputs, rows.operands, strict=True) if kind in ("row", "scalar"))
+    return next((v.type.shape[:-1] for v, kind in zip(node.inputs, rows.operands, strict=True) if kind == "row"), None)
 
 
-def row_results(node: Node, registry: Registry) -> tuple[Value, ...]:
-    """The outputs that have one row per row; sums over all rows are not among them."""
-    rows = registry[node.op].rows
-    assert rows is not None
-    return tuple(v for v, kind in zip(node.outputs, rows.results, strict=True) if kind in ("row", "scalar"))
+def hands_rows(producer: Node, v: Value, node: Node, registry: Registry) -> bool:
+    """Whether `node` reads the result `v` of `producer` in the same rows in which `producer` makes it, everywhere.
+
+    Rows as rows, or one number per row as that: not a sum over all rows, a table that rows share, or another shape.
+    """
+    made, read = registry[producer.op].rows, registry[node.op].rows
+    assert made is not None and read is not None
+    (result,) = (kind for w, kind in zip(producer.outputs, made.results, strict=True) if w == v)
+    operands = {kind for w, kind in zip(node.inputs, read.operands, strict=True) if w == v}
+    mine, theirs = space(node, registry), space(producer, registry)
+    together = mine is not None and theirs is not None and len(mine) == len(theirs) and all(map(same, mine, theirs))
+    return result in ("row", "scalar") and operands == {result} and together
 
 
 def is_rowwise(node: Node, registry: Registry) -> bool:
-    return node.op != "call" and registry[node.op].rows is not None and registry[node.op].effect is Effect.PURE
+    return node.op != CALL and registry[node.op].rows is not None and registry[node.op].effect is Effect.PURE
 
 
 class Grouping:
@@ -97,57 +113,74 @@ class Grouping:
         self.index = {v.name: i for i, n in enumerate(graph.nodes) for v in n.outputs}
         self.group = list(range(len(graph.nodes)))
         self.preds = [sorted({self.index[v.name] for v in n.inputs if v.name in self.index}) for n in graph.nodes]
+        needed = ancestors(graph, graph.results)
+        self.rowwise = [is_rowwise(n, registry) and any(v.name in needed for v in n.outputs) for n in graph.nodes]
+        self._refused: dict[tuple[int, int], str] = {}
 
     def groups(self) -> list[list[int]]:
-        """The groups, each in node order."""
+        """The groups, each in node order. What no result needs is left out."""
         for i, node in enumerate(self.graph.nodes):
-            if not is_rowwise(node, self.registry):
+            if not self.rowwise[i]:
                 continue
-            for v in space_edges(node, self.registry):
+            for v in dict.fromkeys(node.inputs):
                 p = self.index.get(v.name)
-                if p is None or self.group[p] == self.group[i]:
+                if p is None or not self.rowwise[p] or self.group[p] == self.group[i]:
                     continue
                 producer = self.graph.nodes[p]
-                if (
-                    producer.phase is node.phase
-                    and is_rowwise(producer, self.registry)
-                    and v in row_results(producer, self.registry)
-                ):
+                if producer.phase is node.phase and hands_rows(producer, v, node, self.registry):
                     self._join(p, i)
         found: dict[int, list[int]] = {}
-        for i, node in enumerate(self.graph.nodes):
-            if is_rowwise(node, self.registry):
+        for i in range(len(self.graph.nodes)):
+            if self.rowwise[i]:
                 found.setdefault(self.group[i], []).append(i)
         return list(found.values())
 
+    def refused(self) -> list[tuple[Node, str]]:
+        """Nodes that read rows of a region they could not join, and why; call after `groups`."""
+        return [(self.graph.nodes[i], why) for (p, i), why in self._refused.items() if self.group[p] != self.group[i]]
+
     def _join(self, p: int, i: int) -> None:
-        saved = list(self.group)
         keep, drop = self.group[p], self.group[i]
-        self.group = [keep if g == drop else g for g in self.group]
-        members = [j for j, g in enumerate(self.group) if g == keep]
-        if self._operands(members) > self.most or self._cyclic(keep):
-            self.group = saved
+        merged = [keep if g == drop else g for g in self.group]
+        members = [j for j, g in enumerate(merged) if g == keep]
+        reason = self._too_many(members) or self._misread(members) or self._cyclic(merged, keep)
+        if reason:
+            producer, node = self.graph.nodes[p], self.graph.nodes[i]
+            self._refused.setdefault((p, i), f"{node.op} stays apart from {producer.op}: {reason}")
+        else:
+            self.group = merged
 
-    def _operands(self, members: list[int]) -> int:
+    def _too_many(self, members: list[int]) -> str:
         made = {v.name for j in members for v in self.graph.nodes[j].outputs}
-        return len({v.name for j in members for v in self.graph.nodes[j].inputs} - made)
+        count = len({v.name for j in members for v in self.graph.nodes[j].inputs} - made)
+        return f"together they would have {count} operands, above most_operands={self.most}" * (count > self.most)
 
-    def _cyclic(self, group: int) -> bool:
-        """Whether a path leaves the group and comes back."""
-        members = {j for j, g in enumerate(self.group) if g == group}
+    def _misread(self, members: list[int]) -> str:
+        """What one member would read of another other than row by row."""
+        inside = set(members)
+        for j in members:
+            node = self.graph.nodes[j]
+            for v in node.inputs:
+                p = self.index.get(v.name)
+                if p in inside and not hands_rows(self.graph.nodes[p], v, node, self.registry):
+                    return f"{node.op} needs all rows of {v}"
+        return ""
+
+    def _cyclic(self, merged: list[int], group: int) -> str:
+        """What lies on a path that leaves the group and comes back."""
         by_group: dict[int, list[int]] = {}
-        for j, g in enumerate(self.group):
+        for j, g in enumerate(merged):
             by_group.setdefault(g, []).append(j)
-        stack = [p for j in members for p in self.preds[j] if self.group[p] != group]
+        stack = [(p, p) for j in by_group[group] for p in self.preds[j] if merged[p] != group]
         seen: set[int] = set()
         while stack:
-            g = self.group[stack.pop()]
-            if g == group:
-                return True
-            if g not in seen:
-                seen.add(g)
-                stack += [p for j in by_group[g] for p in self.preds[j] if self.group[p] not in seen]
-        return False
+            at, last = stack.pop()
+            if merged[at] == group:
+                return f"{self.graph.nodes[last].op} lies between them"
+            if merged[at] not in seen:
+                seen.add(merged[at])
+                stack += [(p, at) for j in by_group[merged[at]] for p in self.preds[j] if merged[p] not in seen]
+        return ""
 
 
 def trimmed(graph: Graph, registry: Registry, group: list[int]) -> list[int]:

@@ -76,13 +76,21 @@ class Recompute(Pass):
             maker = graph.producers.get(v.name)
             if maker is None or v.name in free:
                 continue
-            size = v.type.bytes(times.sizes) / GIB
-            cost = f"{v.name}, {size * 1024:.2f} MiB, cost {size * self.price * 1e3:.1f} µs at this price"
+            size = v.type.bytes(times.sizes)
+            cost = f"{v.name}, {shown(size)}, costs {size / GIB * self.price * 1e3:.1f} µs at this price"
             if not pure(maker, times.registry):
                 note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} is not done twice")
             else:
                 seconds = times.seconds(maker)
                 note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} alone takes {seconds * 1e6:.1f} µs")
+
+
+def shown(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def needed_values(graph: Graph) -> tuple[Value, ...]:
