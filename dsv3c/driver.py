@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 from dsv3c import pipeline
 from dsv3c.arena import BufferPlan
 from dsv3c.errors import InputError, did_you_mean
-from dsv3c.ir import Program
+from dsv3c.ir import Graph, Program
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
 from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
 from dsv3c.ops import REGISTRY
+from dsv3c.passes.plan_buffers import PlanBuffers, rank_memory
+from dsv3c.passes.recompute import Recompute
 from dsv3c.plan import MEMORY_KINDS, Memory, Parameters, Plan, StoredWeight, load_plan
-from dsv3c.state import Note, PassReport, State
+from dsv3c.state import Note, Pass, PassReport, State, TakeNote
 from dsv3c.target import Kernel, Target
 from dsv3c.targets import find
 
@@ -56,12 +58,12 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
     steps = pipeline.parse(text)
     outcome = pipeline.run(
         State(program, REGISTRY, task, machine), steps, dump=Path(dump) if dump else None, print_after=print_after,
-        stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir,
+        stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir, settle=settle_price,
     )  # fmt: skip
     made, missing = generate_kernels(outcome.state.program, machine, task)
     return Plan.of(
         outcome.state.program, model=name, config=config.to_hf_dict(), parameters=_parameters(config), job=task,
-        pipeline=pipeline.show(steps), notes=outcome.notes, reports=outcome.reports,
+        pipeline=pipeline.show(outcome.passes), notes=outcome.notes, reports=outcome.reports,
         weights=_stored(outcome.state.program), memory=_memory(outcome.state.buffers, machine), kernels=made,
         missing_kernels=missing, buffers=_buffers(outcome.state.buffers), steps=outcome.steps,
     )  # fmt: skip
@@ -118,6 +120,54 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
         raise InputError(f"--expert-headroom {expert_headroom} must be at least 1, the balanced load")
     return Job(kind, target.name, chosen, length, micro_batch, batch, axes, ranks_per_node, schedule, expert_headroom,
                kernels, implementations, allow_oversize, document_end, recipe or Recipe())  # fmt: skip
+
+
+LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = 2.0**-4, 2.0**10, 10
+"""Milliseconds per GiB between which `settle_price` searches, and by how many halvings of their ratio."""
+
+OVERSIZE_PRICE = 4.0
+"""The price where no price makes the plan fit and `--allow-oversize` wants one all the same: norms, up-projections
+and activation functions are computed again and attention is not, which costs a few percent of the time."""
+
+
+def settle_price(one: Pass, state: State, rest: tuple[Pass, ...], note: TakeNote) -> Pass:
+    """The pass `recompute` with the lowest price at which the plan fits the machine, if its price was left open."""
+    planned = next((i for i, p in enumerate(rest) if isinstance(p, PlanBuffers)), None)
+    if not isinstance(one, Recompute) or one.price is not None or state.job is None or planned is None:
+        return one
+    limit = state.machine.memory_bytes if state.machine else 0
+    behind = [replace(p, check=False) if isinstance(p, PlanBuffers) else p for p in rest[: planned + 1]]
+    known: dict[tuple[Graph, ...], bool] = {}
+
+    def fits(price: float) -> bool:
+        after = Recompute(price).run(state, _silent)
+        choice = after.program.graphs
+        if choice not in known:
+            for p in behind:
+                after = p.run(after, _silent)
+            assert after.buffers is not None
+            known[choice] = after.buffers.peak.peak <= limit
+        return known[choice]
+
+    there = f"the {limit / 2**30:.1f} GiB of {state.job.target}"
+    if rank_memory(state.program, (), state).peak <= limit:
+        if fits(0.0):
+            note("priced", "memory", f"0 ms per GiB: everything fits {there}")
+            return Recompute(0.0)
+        if fits(HIGHEST_PRICE):
+            low, high = LOWEST_PRICE, HIGHEST_PRICE
+            for _ in range(PRICE_STEPS):
+                middle = float(f"{(low * high) ** 0.5:.4g}")
+                low, high = (low, middle) if fits(middle) else (middle, high)
+            note("priced", "memory", f"{high:g} ms per GiB: the lowest price at which the plan fits {there}")
+            return Recompute(high)
+    price = OVERSIZE_PRICE if state.job.allow_oversize else HIGHEST_PRICE
+    note("priced", "memory", f"{price:g} ms per GiB, since at no price the plan fits {there}")
+    return Recompute(price)
+
+
+def _silent(action: str, node: str, reason: str) -> None:
+    pass
 
 
 def generate_kernels(program: Program, target: Target, job: Job) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:

@@ -11,14 +11,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from dsv3c.errors import InputError, WorkError, did_you_mean
 from dsv3c.files import write_text
 from dsv3c.ir import IRError, Program
 from dsv3c.job import Job
 from dsv3c.op import Registry
-from dsv3c.state import Note, Pass, PassReport, State
+from dsv3c.state import Note, Pass, PassReport, State, TakeNote
 from dsv3c.target import Target
 from dsv3c.text import parse_program, show_program
 from dsv3c.verify import verify_program
@@ -29,18 +29,22 @@ _BARE = re.compile(r"[^,{}=\s\"']+")
 _BARE_STRING = re.compile(r"[A-Za-z_][A-Za-z0-9_./:-]*")
 _WORDS: Mapping[str, bool] = {"true": True, "false": False}
 
+Settle: TypeAlias = Callable[[Pass, State, tuple[Pass, ...], TakeNote], Pass]
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The state after the last pass, every pass's notes in order, and one report per pass.
 
-    `steps` holds (dump name, text) before the first and after each pass if it was asked for.
+    `steps` holds (dump name, text) before the first and after each pass if it was asked for. `passes` are all that
+    were given, with the options that those run were settled on.
     """
 
     state: State
     notes: tuple[Note, ...]
     reports: tuple[PassReport, ...]
     steps: tuple[tuple[str, str], ...] = ()
+    passes: tuple[Pass, ...] = ()
 
 
 # ---- text -> passes -----------------------------------------------------------------------------------------------
@@ -230,7 +234,8 @@ def text_state(text: str, registry: Registry, *, file: str = "<text>", target: T
 
 def run(state: State, passes: Sequence[Pass], *, dump: Path | None = None, print_after: str | None = None,
         stop_after: str | None = None, keep_steps: bool = False, out: Callable[[str], None] = print,
-        on_pass: Callable[[PassReport, tuple[Note, ...]], None] | None = None) -> Outcome:  # fmt: skip
+        on_pass: Callable[[PassReport, tuple[Note, ...]], None] | None = None,
+        settle: Settle | None = None) -> Outcome:  # fmt: skip
     """Apply `passes` to `state` in order and verify after each the graphs that it changed.
 
     dump         a folder that gets 00-input.ir and NN-NAME.ir after each pass; any of them can be fed in again
@@ -238,10 +243,13 @@ def run(state: State, passes: Sequence[Pass], *, dump: Path | None = None, print
     stop_after   the name of a pass: leave out those behind it
     keep_steps   give the texts of all steps in the outcome
     on_pass      called after each pass with its report and its notes
+    settle       called before each pass with it, the state, the passes behind it and its `note`: gives the pass to
+                 run instead, with options decided that were left open
 
     Raises WorkError naming the pass if its result breaks a rule of the IR; InputError if a pass refuses its input,
     or for a name in `print_after` or `stop_after` that the pipeline lacks.
     """
+    whole, passes = tuple(passes), list(passes)
     names = [p.name for p in passes]
     for flag, name in (("--print-after", print_after), ("--stop-after", stop_after)):
         if name is not None and name not in names and not (flag == "--print-after" and name == "all"):
@@ -265,7 +273,8 @@ def run(state: State, passes: Sequence[Pass], *, dump: Path | None = None, print
     keep(0, "input", state.program)
     for index, one in enumerate(passes, 1):
         before, first_note = state.program, len(notes)
-        state, seconds = _apply(one, state, notes)
+        state, seconds, one = _apply(one, state, notes, settle, whole[index:])
+        passes[index - 1] = one
         keep(index, one.name, state.program)
         if state.program is not before:
             try:
@@ -279,19 +288,23 @@ def run(state: State, passes: Sequence[Pass], *, dump: Path | None = None, print
             on_pass(report, tuple(notes[first_note:]))
         if print_after in (one.name, "all"):
             out(f"# after {show_pass(one)}\n{show_program(state.program)}")
-    return Outcome(state, tuple(notes), tuple(reports), tuple(steps))
+    return Outcome(state, tuple(notes), tuple(reports), tuple(steps), (*passes, *whole[len(passes) :]))
 
 
-def _apply(one: Pass, state: State, notes: list[Note]) -> tuple[State, float]:
+def _apply(one: Pass, state: State, notes: list[Note], settle: Settle | None,
+           rest: tuple[Pass, ...]) -> tuple[State, float, Pass]:  # fmt: skip
+    """The state after one pass, the seconds it took, and the pass as it was settled."""
+
     def note(action: str, node: str, reason: str) -> None:
         notes.append(Note(one.name, action, node, reason))
 
     start = time.perf_counter()
     try:
-        result = one.run(state, note)
+        settled = settle(one, state, rest, note) if settle else one
+        result = settled.run(state, note)
     except IRError as error:
         raise IRError(f"the pass '{one.name}': {error}") from error
-    return result, time.perf_counter() - start
+    return result, time.perf_counter() - start, settled
 
 
 def _report(name: str, seconds: float, before: Program, after: Program, notes: int) -> PassReport:
