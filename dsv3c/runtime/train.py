@@ -94,7 +94,9 @@ def train(plan: Plan, data: Sequence[str | Path], *, steps: int, out: str | Path
         corpus = scan(data, tell, meter)
     _make_folder(Path(out))
     beside = str(init) if init is not None and (Path(init) / "tokenizer.json").is_file() else None
-    words, tokens = _tokens(corpus, tokenizer, beside, plan, Path(out), resuming=checkpoint is not None)
+    if tokenizer is None:
+        tokenizer = beside if checkpoint is None else _saved_tokenizer(checkpoint)
+    words, tokens = _tokens(corpus, tokenizer, plan, Path(out))
     sampler = Sampler(tokens, plan.job.seq, plan.job.global_batch, seed)
     facts = run_facts(plan, recipe, seed=seed, steps=steps, data=tokens.key, tokenizer=words.identity)
     facts["init"] = None if init is None else str(Path(init).resolve())
@@ -151,14 +153,20 @@ def _make_folder(out: Path) -> None:
         raise WorkError(f"--out: {out} cannot be written; choose another --out")
 
 
-def _tokens(corpus: Corpus, choice: str | None, beside: str | None, plan: Plan, out: Path,
-            resuming: bool) -> tuple[Tokenizer, TokenFile]:  # fmt: skip
+def _saved_tokenizer(checkpoint: Path) -> str | None:
+    """How `--tokenizer` calls the tokenizer of the run that `checkpoint` belongs to; None if its file is lost."""
+    name = load_info(checkpoint).get("tokenizer")
+    if name == "bytes":
+        return "bytes"
+    out = checkpoint.parents[1]
+    return str(out) if (out / "tokenizer.json").is_file() else None
+
+
+def _tokens(corpus: Corpus, choice: str | None, plan: Plan, out: Path) -> tuple[Tokenizer, TokenFile]:
     """The tokenizer of the run, not yet saved, and the data in its tokens."""
     vocabulary = plan.config["vocab_size"]
     assert isinstance(vocabulary, int)
-    if choice is None and resuming and (out / "tokenizer.json").is_file():
-        choice = str(out)
-    words = choose_tokenizer(choice or beside, vocabulary, corpus, None)
+    words = choose_tokenizer(choice, vocabulary, corpus, None)
     with Meter("tokenizing") as meter:
         return words, prepare(corpus, words, out / DATA, progress=meter)
 
