@@ -259,12 +259,13 @@ def test_text_round_trip(op: OpDef, sample: Sample) -> None:
 
 
 def _operands(op: OpDef, tensors: Tensors) -> tuple[tuple[Row, ...], Tensors]:
-    """The operands of the row program and their values in float64, each [rows or 1, columns or 1]."""
+    """The operands of the row program and their values [rows or 1, columns or 1], float64 if one is, else float32."""
     assert op.rows is not None
+    wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     space = tensors[op.rows.operands.index("row")].shape[:-1]
     rows: list[Row] = []
     values: list[torch.Tensor] = []
-    for i, (kind, t) in enumerate(zip(op.rows.operands, (t.double() for t in tensors), strict=True)):
+    for i, (kind, t) in enumerate(zip(op.rows.operands, (t.to(wide) for t in tensors), strict=True)):
         cols = t.shape[-1] if kind in ("row", "prefix", "column") else 0
         if kind == "prefix":
             first = t.shape[:-1]
@@ -289,7 +290,7 @@ def test_row_program_is_the_reference(op: OpDef, sample: Sample) -> None:
     known: dict[Row, torch.Tensor] = {}
     for kind, row, wanted in zip(op.rows.results, results, expected, strict=True):
         value = evaluate(row, values, known)
-        assert value.dtype == torch.float64
+        assert value.dtype == values[0].dtype
         assert row.cols == (0 if kind == "scalar" else wanted.shape[-1])
         value = value.sum(0) if kind == "column" else value.expand(-1, row.cols or 1).reshape(wanted.shape)
         close(value.to(wanted.dtype), wanted)
