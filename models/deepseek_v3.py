@@ -295,7 +295,7 @@ def _initial(name: str, type: Type, config: ModelConfig) -> tuple[str, float, st
     return "normal", config.initializer_range, group
 
 
-def step_graphs(style: Style, job: Job) -> list[Graph]:
+def step_graphs(config: ModelConfig, style: Style, job: Job) -> list[Graph]:
     """The epilogue of a step, over the flat buffers in which each group of weights lies: N numbers."""
     recipe, wide = job.recipe, style.wide
     n = symbol("N")
@@ -318,7 +318,7 @@ def step_graphs(style: Style, job: Job) -> list[Graph]:
                                           beta2=recipe.beta2, eps=recipe.eps, decay=decay)))  # fmt: skip
     b = Builder(REGISTRY, "update_bias")
     with b.path("moe.router"):
-        e = Type(wide, (symbol("E"),))
+        e = Type(wide, (config.n_routed_experts,))
         graphs.append(
             b.graph([b.update_bias(b.input("bias", e), b.input("load", e), b.input("speed", scalar), out="bias_next")])
         )
@@ -332,7 +332,7 @@ def build(config: ModelConfig, job: Job, alignment: int) -> Program:
     sequences: list[Sequence] = []
     if job.kind == "train":
         trained = Style(job.dtype, alignment, train=True, document_end=job.document_end)
-        graphs += train_graphs(config, trained) + step_graphs(style, job)
+        graphs += train_graphs(config, trained) + step_graphs(config, style, job)
         sequences.append(train_sequence(config, job.document_end is not None))
     for name, cache in (("forward", "none"), ("prefill", "write"), ("decode", "read")):
         graphs += inference_graphs(config, Style(job.dtype, alignment, cache), name)
