@@ -127,8 +127,12 @@ class Grouping:
                 if p is None or not self.rowwise[p] or self.group[p] == self.group[i]:
                     continue
                 producer = self.graph.nodes[p]
-                if producer.phase is node.phase and hands_rows(producer, v, node, self.registry):
+                if producer.phase is not node.phase:
+                    continue
+                if hands_rows(producer, v, node, self.registry):
                     self._join(p, i)
+                else:
+                    self._refused[p, i] = f"{node.op} stays apart from {producer.op}: their rows differ"
         found: dict[int, list[int]] = {}
         for i in range(len(self.graph.nodes)):
             if self.rowwise[i]:

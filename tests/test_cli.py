@@ -514,7 +514,7 @@ def test_a_model_becomes_a_plan_and_every_dump_resumes(tmp_path: Path, capsys: p
     assert names == [name for name, _ in plan.steps] and len(names) == len(plan.reports) + 1
     assert [(dump / name).read_text() for name in names] == [text for _, text in plan.steps]
     passes = plan.pipeline.split(",")
-    assert [name.split("-")[1] for name in names[1:]] == [f"{p}.ir" for p in passes]
+    assert [name.split("-")[1] for name in names[1:]] == [f"{p.split(chr(123))[0]}.ir" for p in passes]
     for done in sorted({*range(0, len(names), 3), len(names) - 1}):
         assert cli.main(["opt", str(dump / names[done]), "-p", ",".join(passes[done:])]) == 0
         assert capsys.readouterr().out == plan.ir, f"resumed from {names[done]}"
