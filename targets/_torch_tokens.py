@@ -1,0 +1,195 @@
+"""What happens per token with torch: embedding, loss, rows in the order of experts, and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from dsv3c.lazy import lazy
+from dsv3c.target import Implementation
+from dsv3c.targets._scratch import scratch, widened
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+Call = Callable[[], None]
+
+CACHED = 2**17
+"""Numbers that several operations in a row work on, so that they stay in a core's cache."""
+
+
+def _chunks(rows: int, cols: int) -> Iterator[slice]:
+    step = max(1, CACHED // max(cols, 1))
+    return (slice(i, min(i + step, rows)) for i in range(0, rows, step))
+
+
+def embedding(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, dtype: str) -> Call:
+    (tokens, w), (y,) = inputs, outputs
+    out = y.view(-1, y.shape[-1])
+
+    def run() -> None:
+        if w.dtype == y.dtype:
+            torch.index_select(w, 0, tokens.reshape(-1), out=out)
+        else:
+            out.copy_(torch.index_select(w, 0, tokens.reshape(-1)))
+
+    return run
+
+
+def embedding_wgrad(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, vocab: int,
+                    accumulate: bool = False) -> Call:  # fmt: skip
+    (tokens, dy), (dw,) = inputs, outputs
+
+    def run() -> None:
+        if not accumulate:
+            dw.zero_()
+        dw.index_add_(0, tokens.reshape(-1), widened(0, dy).reshape(-1, dy.shape[-1]))
+
+    return run
+
+
+def cross_entropy(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (logits, labels), (loss, lse) = inputs, outputs
+    cols = logits.shape[-1]
+    sums = lse.view(-1)
+
+    def run() -> None:
+        rows, flat = logits.reshape(-1, cols), labels.reshape(-1)
+        for part in _chunks(len(flat), cols):
+            z = widened(0, rows[part])
+            top = z.amax(-1)
+            shifted = scratch(1, tuple(z.shape), z.dtype)
+            torch.sub(z, top.unsqueeze(-1), out=shifted).exp_()
+            torch.add(top, shifted.sum(-1).log_(), out=sums[part])
+        keep = flat >= 0
+        chosen = rows.gather(-1, flat.clamp(min=0).unsqueeze(-1)).squeeze(-1).to(sums.dtype)
+        total = torch.where(keep, sums - chosen, 0).sum()
+        torch.div(total, keep.sum().clamp_(min=1), out=loss)
+
+    return run
+
+
+def cross_entropy_grad(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (dloss, logits, labels, lse), (dlogits,) = inputs, outputs
+    cols = logits.shape[-1]
+    out = dlogits.view(-1, cols)
+
+    def run() -> None:
+        rows, flat, sums = logits.reshape(-1, cols), labels.reshape(-1), lse.reshape(-1)
+        keep = flat >= 0
+        factor = torch.where(keep, dloss / keep.sum().clamp_(min=1), 0).unsqueeze(-1)
+        place = flat.clamp(min=0).unsqueeze(-1)
+        for part in _chunks(len(flat), cols):
+            target = out[part] if dlogits.dtype == lse.dtype else scratch(0, tuple(out[part].shape), lse.dtype)
+            torch.sub(rows[part], sums[part].unsqueeze(-1), out=target)
+            target.exp_().mul_(factor[part]).scatter_add_(-1, place[part], -factor[part])
+            if dlogits.dtype != lse.dtype:
+                out[part].copy_(target)
+
+    return run
+
+
+def permute(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (x, source, slot), (y,) = inputs, outputs
+    k = slot.shape[1]
+
+    def run() -> None:
+        torch.index_select(x, 0, source.clamp(min=0).div_(k, rounding_mode="floor"), out=y)
+        padding = (source < 0).nonzero().squeeze(-1)
+        if padding.numel():
+            y.index_fill_(0, padding, 0)
+
+    return run
+
+
+def unpermute(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (y, slot, _source), (x,) = inputs, outputs
+    tokens, k = slot.shape
+    cols = y.shape[1]
+
+    def run() -> None:
+        missing = (slot < 0).unsqueeze(-1)
+        some = bool(missing.any())
+        index = slot.clamp(min=0)
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        for part in _chunks(tokens, cols * k):
+            rows = torch.index_select(y, 0, index[part].reshape(-1)).view(-1, k, cols)
+            if some:
+                rows.masked_fill_(missing[part], 0)
+            x[part].copy_(rows.sum(1, dtype=wide))
+
+    return run
+
+
+def permute_weights(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (p, source, _slot), (out,) = inputs, outputs
+    return lambda: _select(p, source, out)
+
+
+def unpermute_weights(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (dp, slot, _source), (out,) = inputs, outputs
+    return lambda: _select(dp, slot, out)
+
+
+def _select(x: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
+    """out = x.flatten()[index], 0 where the index is negative."""
+    flat = index.reshape(-1)
+    torch.index_select(x.reshape(-1), 0, flat.clamp(min=0), out=out.view(-1))
+    out.view(-1).masked_fill_(flat < 0, 0)
+
+
+def sum_squares(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    (g,), (out,) = inputs, outputs
+
+    def run() -> None:
+        flat = g.reshape(-1)
+        total = 0.0
+        for part in _chunks(flat.numel(), 1):
+            wide = widened(0, flat[part])
+            total += float(torch.dot(wide, wide))
+        out.fill_(total)
+
+    return run
+
+
+def adamw(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, beta1: float, beta2: float,
+          eps: float, decay: float) -> Call:  # fmt: skip
+    """In pieces that stay in cache: about sixteen operations on each number, one trip to memory."""
+    (w, g, m, v, scale, lr, step), (w_out, m_out, v_out) = inputs, outputs
+
+    def run() -> None:
+        count, rate = float(step), float(lr)
+        factor = float(scale)
+        size = rate / (1 - beta1**count)
+        correction = math.sqrt(1 - beta2**count)
+        flat = [t.reshape(-1) for t in (w, g, m, v)]
+        made = [t.view(-1) for t in (w_out, m_out, v_out)]
+        for part in _chunks(w.numel(), 4):
+            weight, gradient, first, second = (t[part] for t in flat)
+            shape = tuple(weight.shape)
+            grad = torch.mul(gradient, factor, out=scratch(0, shape, w.dtype))
+            root = scratch(1, shape, w.dtype).copy_(second).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            mean = scratch(2, shape, w.dtype).copy_(first).mul_(beta1).add_(grad, alpha=1 - beta1)
+            made[1][part].copy_(mean)
+            made[2][part].copy_(root)
+            root.sqrt_().div_(correction).add_(eps)
+            torch.mul(weight, 1 - rate * decay, out=made[0][part]).addcdiv_(mean, root, value=-size)
+
+    return run
+
+
+TOKENS = (
+    Implementation("embedding", embedding),
+    Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
+    Implementation("cross_entropy", cross_entropy),
+    Implementation("cross_entropy_grad", cross_entropy_grad),
+    Implementation("permute", permute),
+    Implementation("unpermute", unpermute),
+    Implementation("permute_weights", permute_weights),
+    Implementation("unpermute_weights", unpermute_weights),
+    Implementation("sum_squares", sum_squares),
+    Implementation("adamw", adamw),
+)
