@@ -135,14 +135,14 @@ def resolve_model(
         return next((name for name, preset in presets.items() if preset == model), "custom"), model
     text = os.fspath(model)
     base, overrides = text, None
-    if text not in presets and not Path(text).exists():
+    if text not in presets and not os.path.exists(text):
         if with_overrides := re.fullmatch(r"(.+?):(\s*[A-Za-z_.]+\s*=.*)", text):  # a colon may be part of a path too
             base, overrides = with_overrides.groups()
         elif text.partition(":")[0] in presets:
             base, _, overrides = text.partition(":")
     if base in presets:
         name, config = base, presets[base]
-    elif Path(base).exists():
+    elif os.path.exists(base):
         path = Path(base).resolve()
         name = path.name if path.is_dir() else path.parent.name if path.name == "config.json" else path.stem
         name, config = name or "model", load_config(base)
