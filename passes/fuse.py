@@ -9,7 +9,7 @@ from typing import ClassVar
 from dsv3c.dims import Dim, same
 from dsv3c.ir import Graph, Node, Phase, Value
 from dsv3c.op import Effect, Registry
-from dsv3c.rewrite import CALL, ancestors, map_values, outline
+from dsv3c.rewrite import CALL, ancestors, map_values, outline, place_of
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.text import show_graph
 
@@ -56,19 +56,24 @@ class Fuse(Pass):
             regions.setdefault(region.name, region)
             graph = outer.but(nodes=tuple(_call(n, region.name) if n.op == CALL else n for n in outer.nodes))
             ops = " + ".join(n.op for n in members)
-            note("fused", f"{graph.name}.{members[-1].path}", f"{ops} into {region.name}")
+            note("fused", f"{graph.name}.{place_of(members[-1])}", f"{ops} into {region.name}")
         for node in alone:
-            note("kept", f"{graph.name}.{node.path}", f"{node.op} has no row-wise neighbour to join, and single=false")
+            note(
+                "kept",
+                f"{graph.name}.{place_of(node)}",
+                f"{node.op} has no row-wise neighbour to join, and single=false",
+            )
         for node, reason in grouping.refused():
-            note("kept", f"{graph.name}.{node.path}", reason)
+            note("kept", f"{graph.name}.{place_of(node)}", reason)
         self._explain(graph, registry, note)
         return graph
 
     def _explain(self, graph: Graph, registry: Registry, note: TakeNote) -> None:
         """Say why large nodes between regions stay apart: they are not row-wise."""
         for node in graph.nodes:
-            if node.op != CALL and not registry[node.op].view and registry[node.op].rows is None:
-                note("kept", f"{graph.name}.{node.path}", f"{node.op} is not row-wise")
+            if node.op != CALL and not registry[node.op].view and not is_rowwise(node, registry):
+                why = "is not row-wise" if registry[node.op].rows is None else "has rows of any number of columns"
+                note("kept", f"{graph.name}.{place_of(node)}", f"{node.op} {why}")
 
 
 _REGION = "region being named"
@@ -102,7 +107,13 @@ def hands_rows(producer: Node, v: Value, node: Node, registry: Registry) -> bool
 
 
 def is_rowwise(node: Node, registry: Registry) -> bool:
-    return node.op != CALL and registry[node.op].rows is not None and registry[node.op].effect is Effect.PURE
+    """Whether `node` can be part of a region: pure, with a row program, its rows of a known number of columns."""
+    if node.op == CALL or registry[node.op].effect is not Effect.PURE:
+        return False
+    rows = registry[node.op].rows
+    return rows is not None and all(
+        isinstance(v.type.shape[-1], int) for v, kind in zip(node.inputs, rows.operands, strict=True) if kind == "row"
+    )
 
 
 class Grouping:

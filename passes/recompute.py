@@ -14,7 +14,7 @@ from dsv3c.ir import Graph, Node, Phase, Type, Value
 from dsv3c.op import Registry
 from dsv3c.passes.cut import hoisted_inputs
 from dsv3c.passes.differentiate import JOINT
-from dsv3c.rewrite import fresh, is_view, pure
+from dsv3c.rewrite import fresh, is_view, place_of, pure
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.target import Machine
 
@@ -70,7 +70,7 @@ class Recompute(Pass):
             names = [v.name for v in node.outputs if v.name in again]
             if names:
                 time = f"{times.seconds(node) * 1e6:.1f} µs"
-                note("recomputed", f"{name}.{node.path}", f"{node.op} gives {', '.join(names)} again in {time}")
+                note("recomputed", f"{name}.{place_of(node)}", f"{node.op} gives {', '.join(names)} again in {time}")
         kept = (base_of(v, graph, times.registry) for v in needed_values(new))
         for v in dict.fromkeys(kept):
             maker = graph.producers.get(v.name)
@@ -79,10 +79,10 @@ class Recompute(Pass):
             size = v.type.bytes(times.sizes)
             cost = f"{v.name}, {shown(size)}, costs {size / GIB * self.price * 1e3:.1f} µs at this price"
             if not pure(maker, times.registry):
-                note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} is not done twice")
+                note("saved", f"{name}.{place_of(maker)}", f"{cost}; {maker.op} is not done twice")
             else:
                 seconds = times.seconds(maker)
-                note("saved", f"{name}.{maker.path}", f"{cost}; {maker.op} alone takes {seconds * 1e6:.1f} µs")
+                note("saved", f"{name}.{place_of(maker)}", f"{cost}; {maker.op} alone takes {seconds * 1e6:.1f} µs")
 
 
 def shown(count: int) -> str:
