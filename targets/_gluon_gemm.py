@@ -1,0 +1,384 @@
+"""Text of Hopper matrix-product kernels: a spec of one kernel in, a Gluon source file out.
+
+Every kernel has one producer warp, which fills a ring of shared-memory stages through TMA, and two consumer
+warpgroups with their own barriers and accumulators. The consumers run out of phase, so one promotes its partial
+sums with FMAs while the other keeps the tensor cores busy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3c.errors import InputError
+
+Kind = Literal["dense", "grouped_rows", "grouped_k"]
+Element = Literal["e4m3", "bf16"]
+Output = Literal["bf16", "accumulate_f32"]
+Pair = Literal["", "a", "b"]
+
+SHARED_LIMIT = 227 * 1024
+CONSUMERS = 2
+SCALE_BLOCK = 128
+"""Columns of K (rows of the batch, for `grouped_k`) that share one scale, and between FP32 promotions."""
+
+
+@dataclass(frozen=True, slots=True)
+class GemmSpec:
+    """One kernel: C[M, N] = A[M, K] · B[N, K] transposed, both operands contiguous along K.
+
+    `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e]; each offset is a multiple of
+    64. `grouped_k`: C[e] += A[:, offsets[e]:offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128.
+    `e4m3` operands carry float32 scales: A 1×128 as [K/128, >= M]; B 128×128 as [N/128, K/128], but for
+    `grouped_k` 1×128 as A. `bm`, `bn`: the tile of one block; `stages`: ring depth; `raster`: how many tile rows are
+    swept together, for reuse in L2. `pair`: two neighbouring blocks form a cluster and share their tile of this operand,
+    each fetching half of it for both: a third less traffic from L2. `epilogue`: lines of Gluon that rebind `tile`, the float32 [64, chunk]
+    accumulator at (`row`, `column`), before it is stored.
+    """
+
+    kind: Kind
+    dtype: Element
+    bm: int
+    bn: int
+    stages: int
+    output: Output = "bf16"
+    raster: int = 8
+    pair: Pair = ""
+    epilogue: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bm not in (128, 256) or self.bn not in (64, 128, 256) or self.bm * self.bn > 256 * 128:
+            raise InputError(f"no kernel has tiles of {self.bm}×{self.bn}; use 128 or 256 rows, at most 32768 elements")
+        if self.shared_bytes > SHARED_LIMIT:
+            raise InputError(f"{self.stages} stages need {self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT}")
+
+    @property
+    def block_k(self) -> int:
+        """Elements along K per stage: 128 bytes, one swizzle row."""
+        return 128 if self.dtype == "e4m3" else 64
+
+    @property
+    def chunk(self) -> int:
+        """Columns of one warpgroup instruction."""
+        return min(self.bn, 128)
+
+    @property
+    def stage_bytes(self) -> int:
+        return (self.bm + self.bn) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Ring, store buffers and barriers."""
+        staging = CONSUMERS * 64 * self.chunk * 2 if self.output == "bf16" else 0
+        return self.stages * (self.stage_bytes + 16) + staging + 512
+
+    @property
+    def name(self) -> str:
+        return f"gemm_{self.kind}_{self.dtype}_{self.bm}x{self.bn}x{self.stages}{self.pair}"
+
+    @property
+    def scaled(self) -> bool:
+        return self.dtype == "e4m3"
+
+    @property
+    def grouped(self) -> bool:
+        return self.kind != "dense"
+
+
+@dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A TMA descriptor argument: block shape and element type (Triton's name)."""
+
+    block: tuple[int, ...]
+    element: str
+
+
+def arguments(spec: GemmSpec) -> tuple[tuple[str, str | Descriptor], ...]:
+    """Kernel arguments in order: name and Triton type, or the descriptor's block."""
+    element = "fp8e4nv" if spec.scaled else "bf16"
+    found: list[tuple[str, str | Descriptor]] = [
+        ("a_desc", Descriptor((spec.bm // (1 + (spec.pair == "a")), spec.block_k), element)),
+        ("b_desc", Descriptor((spec.bn // (1 + (spec.pair == "b")), spec.block_k), element)),
+    ]
+    if spec.output == "bf16":
+        found.append(("c_desc", Descriptor((64, spec.chunk), "bf16")))
+    else:
+        found.append(("c_ptr", "*fp32"))
+    if spec.scaled:
+        found += [("a_scale", "*fp32"), ("b_scale", "*fp32")]
+    if spec.grouped:
+        found += [("offsets", "*i32"), ("experts", "i32")]
+    found += [("M", "i32"), ("N", "i32"), ("K", "i32")]
+    if spec.scaled:
+        found.append(("a_scale_stride", "i32"))
+        if spec.kind == "grouped_k":
+            found.append(("b_scale_stride", "i32"))
+    return tuple(found)
+
+
+def _indent(lines: list[str], depth: int) -> list[str]:
+    return ["    " * depth + line if line else "" for line in lines]
+
+
+def _tiles(spec: GemmSpec, body: list[str]) -> list[str]:
+    """`body` once per tile of this block, with row, column, expert and the range of K in scope."""
+    step_m = spec.bm * (1 + (spec.pair == "b"))
+    step_n = spec.bn * (1 + (spec.pair == "a"))
+    place = [
+        f"band = {spec.raster} * tiles_n",
+        f"first_m = (t // band) * {spec.raster}",
+        f"height = gl.minimum(tiles_m - first_m, {spec.raster})",
+        "within = t % band",
+        f"row = (first_m + within % height) * {step_m}" + (f" + rank * {spec.bm}" if spec.pair == "b" else ""),
+        f"column = (within // height) * {step_n}" + (f" + rank * {spec.bn}" if spec.pair == "a" else ""),
+    ]
+    if spec.pair:
+        begin = ["rank = gl.program_id(0) % 2", "mine = gl.program_id(0) // 2", "workers = gl.num_programs(0) // 2"]
+    else:
+        begin = ["mine = gl.program_id(0)", "workers = gl.num_programs(0)"]
+    tiles_m, tiles_n = f"tiles_m = gl.cdiv(M, {step_m})", f"tiles_n = gl.cdiv(N, {step_n})"
+    if spec.kind == "dense":
+        loop = ["for t in range(mine, tiles_m * tiles_n, workers):"]
+        bounds = ["start_k = 0", "blocks = gl.cdiv(K, BLOCK_K)", "b_row = column", "stop = M"]
+        return [*begin, tiles_m, tiles_n, *loop, *_indent([*place, *bounds, *body], 1)]
+    if spec.kind == "grouped_k":
+        loop = ["count = tiles_m * tiles_n", "for item in range(mine, experts * count, workers):"]
+        bounds = [
+            "expert = item // count",
+            "t = item % count",
+            "start_k = gl.load(offsets + expert)",
+            "blocks = (gl.load(offsets + expert + 1) - start_k) // BLOCK_K",
+        ]
+        return [*begin, tiles_m, tiles_n, *loop, *_indent([*bounds, *place, "b_row = column", *body], 1)]
+    loop = ["first = mine", "for expert in range(0, experts):"]
+    count = [
+        "start = gl.load(offsets + expert)",
+        "stop = gl.load(offsets + expert + 1)",
+        f"tiles_m = gl.cdiv(stop - start, {step_m})",
+        "count = tiles_m * tiles_n",
+        "for t in range(first, count, workers):",
+    ]
+    bounds = ["row += start", "start_k = 0", "blocks = gl.cdiv(K, BLOCK_K)", "b_row = expert * N + column"]
+    # Tiles of all experts are dealt to the workers in turn; `first` is this worker's next one, counted in this expert.
+    after = ["first = first + gl.cdiv(gl.maximum(count - first, 0), workers) * workers - count"]
+    return [*begin, tiles_n, *loop, *_indent(count, 1), *_indent([*place, *bounds, *body], 2), *_indent(after, 1)]
+
+
+def _parameters(spec: GemmSpec, names: tuple[str, ...]) -> list[str]:
+    extra = ["offsets", "experts"] if spec.grouped else []
+    return [*names, *extra, "M", "N", "K"]
+
+
+def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
+    rows = {"a": "row", "b": "b_row"}
+    half = {"a": spec.bm // 2, "b": spec.bn // 2}
+    loads: list[str] = []
+    views: list[str] = []
+    # The shared operand is fetched first: the first copy is the one that reaches both blocks of the pair.
+    for name in sorted(rows, key=lambda n: n != spec.pair):
+        row, slot = rows[name], f"{name}_ring.index(stage)"
+        if name == spec.pair:
+            shape = f"[2 * STAGES, {half[name]}, BLOCK_K]"
+            views.append(f"halves = {name}_ring._reinterpret({name}_desc.dtype, {shape}, {name}_desc.layout)")
+            row, slot = f"{row} + rank * {half[name]}", "halves.index(2 * stage + rank)"
+        loads.append(f"    tma.async_copy_global_to_shared({name}_desc, [{row}, k], full.index(stage), {slot})")
+    body = [
+        "for block in range(0, blocks):",
+        "    stage = filled % STAGES",
+        "    mbarrier.wait(empty.index(stage), ((filled // STAGES) & 1) ^ 1)",
+        f"    mbarrier.expect(full.index(stage), {spec.stage_bytes})",
+        "    k = start_k + block * BLOCK_K",
+        *loads,
+        "    filled += 1",
+    ]
+    head = ["@gluon.jit", f"def producer({', '.join(parameters)}):"]
+    return [*head, *_indent(["filled = 0", *views, *_tiles(spec, body)], 1)]
+
+
+FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
+SCALED_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
+
+
+def _chunks(spec: GemmSpec) -> list[tuple[int, int]]:
+    rows = spec.bm // CONSUMERS // 64
+    return [(i, j) for i in range(rows) for j in range(spec.bn // spec.chunk)]
+
+
+def _mainloop(spec: GemmSpec) -> list[str]:
+    """All blocks of K into acc_i_j. FMAs are volatile so that no compiler moves them past the next instruction:
+    moved, two partial sums live at once and the accumulators spill."""
+    rows, columns = spec.bm // CONSUMERS // 64, spec.bn // spec.chunk
+    chunks = _chunks(spec)
+    lines = [
+        f"acc_{i}_{j} = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)" for i, j in chunks
+    ]  # fmt: skip
+    by_column = spec.kind == "grouped_k"
+    load: list[str] = []
+    if spec.scaled:
+        if by_column:
+            lines.append("a_base = a_scale + (start_k // 128) * a_scale_stride")
+            lines.append("b_base = b_scale + (start_k // 128) * b_scale_stride + column")
+        else:
+            lines.append("a_base = a_scale")
+            # Of a pair's tiles the last may lie wholly outside N; its results are dropped.
+            first = "expert * gl.cdiv(N, 128)" if spec.grouped else "0"
+            lines += [
+                f"b_base_{j} = b_scale + ({first} + gl.minimum(column // 128 + {j}, (N - 1) // 128)) * gl.cdiv(K, 128)"
+                for j in range(columns)
+            ]
+        last = "M - 1" if by_column else "stop - 1"
+        lines += [
+            f"at_{i} = gl.minimum(my_row + {64 * i} + gl.arange(0, 64, layout=ROWS), {last})" for i in range(rows)
+        ]
+        load = [f"next_a_{i} = gl.load(a_base + ahead * a_scale_stride + at_{i})" for i in range(rows)]
+        if not by_column:
+            load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
+        lines += ["ahead = 0", *load]
+    body = ["stage = used % STAGES", "phase = (used // STAGES) & 1"]
+    if spec.scaled:
+        body += [f"scale_a_{i} = next_a_{i}" for i in range(rows)]
+        if not by_column:
+            body += [f"scale_b_{j} = next_b_{j}" for j in range(columns)]
+        body += ["ahead = gl.minimum(block + 1, blocks - 1)", *load]
+    body += ["mbarrier.wait(full.index(stage), phase)", "a_tile = a_ring.index(stage)", "b_tile = b_ring.index(stage)"]
+
+    def operands(i: int, j: int) -> str:
+        a = f"a_tile.slice(WORKER * {64 * rows} + {64 * i}, 64)"
+        b = "b_tile" if columns == 1 else f"b_tile.slice({spec.chunk * j}, {spec.chunk})"
+        return f"{a}, {b}.permute((1, 0))"
+
+    for i, j in chunks:
+        acc = f"acc_{i}_{j}"
+        final = (i, j) == chunks[-1]
+        if not spec.scaled:
+            body.append(f"{acc} = warpgroup_mma({operands(i, j)}, {acc}, is_async=True)")
+            continue
+        body.append(f"part = warpgroup_mma({operands(i, j)}, part, use_acc=False, is_async=True)")
+        if by_column:
+            inside = f"columns_{j} = gl.load(b_base + block * b_scale_stride + {spec.chunk * j} + COLUMNS_{j})"
+            body.append(inside.replace(f"{spec.chunk * j} + COLUMNS_{j}", f"column_{j}"))
+        body.append("part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))")
+        if final:
+            body.append("mbarrier.arrive(empty.index(stage), count=1)")
+        if by_column:
+            given = f"[part, scale_a_{i}[:, None], columns_{j}[None, :], {acc}]"
+            body.append(f"{acc} = gl.inline_asm_elementwise({SCALED_FMA}, {given}, gl.float32, False, 1)")
+        else:
+            body.append(f"scale = scale_a_{i} * scale_b_{j}")
+            given = f"[part, scale[:, None], {acc}]"
+            body.append(f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)")
+    if not spec.scaled:
+        names = ", ".join(f"acc_{i}_{j}" for i, j in chunks)
+        target = names if len(chunks) > 1 else names
+        body.append(f"{target} = warpgroup_mma_wait(num_outstanding=0, deps=({names},))")
+        body.append("mbarrier.arrive(empty.index(stage), count=1)")
+    body.append("used += 1")
+    if spec.scaled and by_column:
+        lines += [
+            f"column_{j} = gl.minimum({spec.chunk * j} + gl.arange(0, {spec.chunk}, layout=COLUMNS), N - 1 - column)"
+            for j in range(columns)
+        ]
+    return [*lines, "for block in range(0, blocks):", *_indent(body, 1)]
+
+
+def _store(spec: GemmSpec) -> list[str]:
+    lines: list[str] = []
+    for i, j in _chunks(spec):
+        here = [
+            f"tile = acc_{i}_{j}",
+            f"tile_row = my_row + {64 * i}",
+            f"tile_column = column + {spec.chunk * j}",
+            *spec.epilogue,
+        ]
+        if spec.output == "bf16":
+            write = [
+                "tma.store_wait(pendings=0)",
+                "out.store(tile.to(gl.bfloat16))",
+                "fence_async_shared()",
+                "tma.async_copy_shared_to_global(c_desc, [tile_row, tile_column], out)",
+            ]
+            # A tile may reach past its expert's rows; those belong to the next expert.
+            if spec.kind == "grouped_rows":
+                write = ["if tile_row < stop:", *_indent(write, 1)]
+        else:
+            write = [
+                "rows = tile_row + gl.arange(0, 64, layout=ROWS)",
+                f"columns = tile_column + gl.arange(0, {spec.chunk}, layout=COLUMNS)",
+                "inside = (rows < M)[:, None] & (columns < N)[None, :]",
+                "at = c_ptr + " + ("expert.to(gl.int64) * M * N + " if spec.grouped else "")
+                + "(rows.to(gl.int64) * N)[:, None] + columns[None, :]",
+                "gl.store(at, gl.load(at, mask=inside) + tile, mask=inside)",
+            ]  # fmt: skip
+        lines += [*here, *write]
+    return lines
+
+
+def _consumer(spec: GemmSpec, parameters: list[str]) -> list[str]:
+    part = [f"part = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)"] if spec.scaled else []
+    my_row = f"my_row = row + WORKER * {spec.bm // CONSUMERS}"
+    tma_store = spec.output == "bf16"
+    head = ["@gluon.jit", f"def consumer(WORKER: gl.constexpr, {', '.join(parameters)}):"]
+    layout = f"[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {spec.chunk}, {32 if spec.scaled else 16}]"
+    start = [
+        f"ACC: gl.constexpr = gl.NVMMADistributedLayout(version={layout})",
+        "ROWS: gl.constexpr = gl.SliceLayout(1, ACC)",
+        "COLUMNS: gl.constexpr = gl.SliceLayout(0, ACC)",
+        "used = 0",
+        *(["out = staging.index(WORKER)"] if tma_store else []),
+        *part,
+    ]
+    end = ["tma.store_wait(pendings=0)"] if tma_store else []
+    tiles = _tiles(spec, [my_row, *_mainloop(spec), *_store(spec)])
+    return [*head, *_indent([*start, *tiles, *end], 1)]
+
+
+def source(spec: GemmSpec) -> str:
+    """The kernel's whole source file; its entry point is `kernel`."""
+    ring = ("full", "empty", "a_ring", "b_ring")
+    scales = tuple(n for n, _ in arguments(spec) if "scale" in n)
+    produce = _parameters(spec, ("a_desc", "b_desc", *ring))
+    out = ("c_desc", "staging") if spec.output == "bf16" else ("c_ptr",)
+    consume = _parameters(spec, (*out, *scales, *ring))
+    names = [name for name, _ in arguments(spec)]
+    shared = [
+        f"a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, {spec.bm}, BLOCK_K], a_desc.layout)",
+        f"b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, {spec.bn}, BLOCK_K], b_desc.layout)",
+        "full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
+        "empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
+    ]
+    if spec.output == "bf16":
+        shared.append(
+            f"staging = gl.allocate_shared_memory(gl.bfloat16, [{CONSUMERS}, 64, {spec.chunk}], c_desc.layout)"
+        )
+    lines = [
+        f'"""{spec.name}: generated, one {spec.bm}×{spec.bn} tile per step of a persistent grid."""',
+        "",
+        "from triton.experimental import gluon",
+        "from triton.experimental.gluon import language as gl",
+        "from triton.experimental.gluon.language.nvidia.hopper import (",
+        "    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,",
+        ")",
+        "",
+        f"STAGES = gl.constexpr({spec.stages})",
+        f"BLOCK_K = gl.constexpr({spec.block_k})",
+        "",
+        "",
+        *_producer(spec, produce),
+        "",
+        "",
+        *_consumer(spec, consume),
+        "",
+        "",
+        "@gluon.jit",
+        f"def kernel({', '.join(names)}):",
+        *_indent(shared, 1),
+        "    for i in gl.static_range(STAGES):",
+        "        mbarrier.init(full.index(i), count=1)",
+        f"        mbarrier.init(empty.index(i), count={CONSUMERS * (2 if spec.pair else 1)})",
+        "    gl.warp_specialize([",
+        *[f"        (consumer, ({w}, {', '.join(consume)}))," for w in range(CONSUMERS)],
+        f"        (producer, ({', '.join(produce)})),",
+        "    ], [4, 1], [240, 24])",
+        "",
+    ]
+    return "\n".join(lines)
