@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from dsv3c.errors import InputError
 from dsv3c.ir import DType
 
+LANE = 256
+"""Weights lie in flat buffers seen as rows of LANE numbers; each weight begins a row."""
+
 JOBS = ("train", "prefill", "decode", "forward")
 PRECISIONS = ("fp8", "bf16", "fp32", "fp64")
 COMPUTE_DTYPE = {"fp8": DType.bf16, "bf16": DType.bf16, "fp32": DType.f32, "fp64": DType.f64}
@@ -38,7 +41,7 @@ def parse_mesh(text: str) -> Mesh:
     sizes: dict[str, int] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         key, _, value = part.partition("=")
-        if key not in ("pp", "dp", "ep", "tp") or not value.isdigit() or int(value) < 1 or key in sizes:
+        if key not in ("pp", "dp", "ep", "tp") or not value.isdecimal() or int(value) < 1 or key in sizes:
             raise InputError(f"--mesh {text}: '{part}' is not an axis; write for example pp=4,dp=2,ep=2")
         sizes[key] = int(value)
     mesh = Mesh(sizes.get("pp", 1), sizes.get("dp", sizes.get("ep", 1)), sizes.get("ep", 1), sizes.get("tp", 1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from dsv3c.build import Builder
 from dsv3c.dims import symbol
 from dsv3c.ir import DType, Graph, Layer, Program, Sequence, Type, Value, Weight
-from dsv3c.job import Job
+from dsv3c.job import LANE, Job
 from dsv3c.models._blocks import B, C, Rope, S, Style, attention, dense_mlp, moe_mlp, rope_table
 from dsv3c.models._model import Model
 from dsv3c.models.checkpoint import parts
@@ -296,10 +296,10 @@ def _initial(name: str, type: Type, config: ModelConfig) -> tuple[str, float, st
 
 
 def step_graphs(config: ModelConfig, style: Style, job: Job) -> list[Graph]:
-    """The epilogue of a step, over the flat buffers in which each group of weights lies: N numbers."""
+    """The epilogue of a step, over the flat buffers in which each group of weights lies: N rows of LANE numbers."""
     recipe, wide = job.recipe, style.wide
     n = symbol("N")
-    flat, moment, scalar = Type(wide, (n,)), Type(DType.bf16, (n,)), Type(wide, ())
+    flat, moment, scalar = Type(wide, (n, LANE)), Type(DType.bf16, (n, LANE)), Type(wide, ())
     if wide is DType.f64:
         moment = flat
     graphs = []
@@ -313,9 +313,12 @@ def step_graphs(config: ModelConfig, style: Style, job: Job) -> list[Graph]:
         b = Builder(REGISTRY, name)
         with b.path("optimizer"):
             state = [b.input("w", flat), b.input("gradient", flat), b.input("m", moment), b.input("v", moment)]
-            settings = [b.input(x, scalar) for x in ("scale", "lr", "step")]
-            graphs.append(b.graph(b.adamw(*state, *settings, out=("w_next", "m_next", "v_next"), beta1=recipe.beta1,
-                                          beta2=recipe.beta2, eps=recipe.eps, decay=decay)))  # fmt: skip
+            scale, lr, step = (b.input(x, scalar) for x in ("scale", "lr", "step"))
+            betas = {"beta1": recipe.beta1, "beta2": recipe.beta2}
+            factors = b.adamw_factors(lr, step, out=("rate", "root", "keep"), decay=decay, **betas)
+            graphs.append(
+                b.graph(b.adamw(*state, scale, *factors, out=("w_next", "m_next", "v_next"), eps=recipe.eps, **betas))
+            )
     b = Builder(REGISTRY, "update_bias")
     with b.path("moe.router"):
         e = Type(wide, (config.n_routed_experts,))

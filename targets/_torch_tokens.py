@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -155,32 +154,6 @@ def sum_squares(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, .
     return run
 
 
-def adamw(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, beta1: float, beta2: float,
-          eps: float, decay: float) -> Call:  # fmt: skip
-    """In pieces that stay in cache: about sixteen operations on each number, one trip to memory."""
-    (w, g, m, v, scale, lr, step), (w_out, m_out, v_out) = inputs, outputs
-
-    def run() -> None:
-        count, rate = float(step), float(lr)
-        factor = float(scale)
-        size = rate / (1 - beta1**count)
-        correction = math.sqrt(1 - beta2**count)
-        flat = [t.reshape(-1) for t in (w, g, m, v)]
-        made = [t.view(-1) for t in (w_out, m_out, v_out)]
-        for part in _chunks(w.numel(), 4):
-            weight, gradient, first, second = (t[part] for t in flat)
-            shape = tuple(weight.shape)
-            grad = torch.mul(gradient, factor, out=scratch(0, shape, w.dtype))
-            root = scratch(1, shape, w.dtype).copy_(second).mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            mean = scratch(2, shape, w.dtype).copy_(first).mul_(beta1).add_(grad, alpha=1 - beta1)
-            made[1][part].copy_(mean)
-            made[2][part].copy_(root)
-            root.sqrt_().div_(correction).add_(eps)
-            torch.mul(weight, 1 - rate * decay, out=made[0][part]).addcdiv_(mean, root, value=-size)
-
-    return run
-
-
 TOKENS = (
     Implementation("embedding", embedding),
     Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
@@ -191,5 +164,4 @@ TOKENS = (
     Implementation("permute_weights", permute_weights),
     Implementation("unpermute_weights", unpermute_weights),
     Implementation("sum_squares", sum_squares),
-    Implementation("adamw", adamw),
 )

@@ -371,7 +371,7 @@ def test_a_layer_of_experts_equals_transformers(align: int) -> None:
 
 # --- optimizer
 
-SETTINGS = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+BETAS = {"beta1": 0.9, "beta2": 0.95}
 
 
 def number(value: float, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -389,8 +389,8 @@ def test_adamw_equals_torch(dtype: torch.dtype) -> None:
         theirs.grad = 0.5 * g
         optimizer.param_groups[0]["lr"] = float(number(lr, dtype))
         optimizer.step()
-        one = (number(0.5, dtype), number(lr, dtype), number(float(step), dtype))
-        w, m, v = apply_all("adamw", w, g, m, v, *one, **SETTINGS)
+        factors = apply_all("adamw_factors", number(lr, dtype), number(float(step), dtype), **BETAS, decay=0.1)
+        w, m, v = apply_all("adamw", w, g, m, v, number(0.5, dtype), *factors, **BETAS, eps=1e-8)
         state = optimizer.state[theirs]
         relative, absolute = (2e-6, 1e-7) if dtype == torch.float32 else (1e-12, 1e-14)
         for found, expected in ((w, theirs.detach()), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
@@ -401,9 +401,9 @@ def test_adamw_equals_torch(dtype: torch.dtype) -> None:
 def test_adamw_rounds_bf16_moments_to_nearest_and_computes_in_float32() -> None:
     w, g = random(1, 400, dtype=torch.float32), random(2, 400, dtype=torch.float32)
     m, v = random(3, 400, dtype=torch.bfloat16), random(4, 400).square().to(torch.bfloat16)
-    one = (number(1.0), number(0.01), number(5.0))
-    found = apply_all("adamw", w, g, m, v, *one, **SETTINGS)
-    wide = apply_all("adamw", w, g, m.float(), v.float(), *one, **SETTINGS)
+    one = (number(1.0), number(0.02), number(2.0), number(0.99))
+    found = apply_all("adamw", w, g, m, v, *one, **BETAS, eps=1e-8)
+    wide = apply_all("adamw", w, g, m.float(), v.float(), *one, **BETAS, eps=1e-8)
     assert torch.equal(found[0], wide[0])
     for rounded, exact in zip(found[1:], wide[1:], strict=True):
         assert rounded.dtype == torch.bfloat16
@@ -414,15 +414,15 @@ def test_adamw_rounds_bf16_moments_to_nearest_and_computes_in_float32() -> None:
 
 def test_adamw_refuses_what_does_not_fit() -> None:
     f32, b16, one = Type(DType.f32, (8,)), Type(DType.bf16, (8,)), Type(DType.f32, ())
-    settings = tuple(SETTINGS.items())
+    settings = (*BETAS.items(), ("eps", 1e-8))
     infer = REGISTRY["adamw"].infer_types
-    assert infer((f32, f32, b16, b16, one, one, one), settings) == (f32, b16, b16)
+    assert infer((f32, f32, b16, b16, one, one, one, one), settings) == (f32, b16, b16)
     with pytest.raises(IRError, match="differ in shape"):
-        infer((f32, Type(DType.f32, (9,)), b16, b16, one, one, one), settings)
+        infer((f32, Type(DType.f32, (9,)), b16, b16, one, one, one, one), settings)
     with pytest.raises(IRError, match="master weight must be f32"):
-        infer((b16, f32, b16, b16, one, one, one), settings)
-    with pytest.raises(IRError, match="lr must be one number"):
-        infer((f32, f32, b16, b16, one, f32, one), settings)
+        infer((b16, f32, b16, b16, one, one, one, one), settings)
+    with pytest.raises(IRError, match="rate must be one number"):
+        infer((f32, f32, b16, b16, one, f32, one, one), settings)
 
 
 @pytest.mark.parametrize("size", [0.01, 10.0])

@@ -9,18 +9,15 @@ from dataclasses import dataclass
 import torch
 
 from dsv3c.ir import DType, Program, Weight
+from dsv3c.job import LANE
 from dsv3c.tensors import torch_dtype
 
 GROUPS = ("embedding", "head", "norm", "matrix")
 """Optimizer groups, each one flat buffer; `state` (router biases) is kept apart and never trained by gradient."""
 
-LANE = 64
-"""Every weight begins at a multiple of this many numbers in its flat buffer."""
-
-
 @dataclass
 class Group:
-    """One flat buffer of weights that share optimizer settings, and what the optimizer keeps beside it."""
+    """One flat buffer [rows, LANE] of weights that share optimizer settings, and what the optimizer keeps beside it."""
 
     name: str
     master: torch.Tensor
@@ -56,13 +53,13 @@ class Weights:
             self._spans[w.name] = (group, length, shape)
             length += -(-torch.Size(shape).numel() // LANE) * LANE
         dtype = torch_dtype(members[0].type.dtype)
-        self.groups[group] = Group(group, torch.zeros(length, dtype=dtype, device=self.device))
+        self.groups[group] = Group(group, torch.zeros(length // LANE, LANE, dtype=dtype, device=self.device))
         for w in members:
             self.tensors[w.name] = self._view(self.groups[group].master, w.name)
 
     def _view(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         _, offset, shape = self._spans[name]
-        return flat[offset : offset + torch.Size(shape).numel()].view(shape)
+        return flat.view(-1)[offset : offset + torch.Size(shape).numel()].view(shape)
 
     @property
     def wide(self) -> DType:
