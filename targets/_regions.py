@@ -155,7 +155,8 @@ class _Composer:
             return self._operand(node, v, known, kind)
         expected = "row" if kind in ("row", "prefix") else kind
         if known.kind != expected or (kind == "prefix" and self._space_of(v) != self.space):
-            raise IRError(f"{self.graph.name}: {node.op} reads {v} as {kind}, but the region computes it as {known.kind}")
+            reason = f"reads {v} as {kind}, but the region computes it as {known.kind}"
+            raise IRError(f"{self.graph.name}: {node.op} {reason}")
         return known.row
 
     def _space_of(self, v: Value) -> tuple[Dim, ...]:

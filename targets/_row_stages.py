@@ -31,7 +31,9 @@ CHEAP = 6
 LEAST_GROUP = 8
 """Repeated columns fewer than this are kept in memory instead of shaping a loop."""
 
-_WORK = {"exp": 20, "sigmoid": 24, "log": 30, "sqrt": 6, "rsqrt": 10, "reciprocal": 5, "power_of_two_above": 6, "div": 5}
+_WORK = {
+    "exp": 20, "sigmoid": 24, "log": 30, "sqrt": 6, "rsqrt": 10, "reciprocal": 5, "power_of_two_above": 6, "div": 5,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,7 +91,8 @@ def check_cpu(cpu: str) -> str:
 def compile_text(script: str, entry: str, cpu: str = CPU_KINDS[0]) -> bytes:
     """The LLVM text of a TIR script's function `entry`, for the instruction set `cpu`; from the cache if it is there.
 
-    The function does not check its arguments: whoever binds them does. Equal scripts give equal bytes with one version of TVM. Raises WorkError if TVM is missing or refuses the script.
+    The function does not check its arguments: whoever binds them does. Equal scripts give equal bytes with one
+    version of TVM. Raises WorkError if TVM is missing or refuses the script.
     """
     check_cpu(cpu)
     key = hashlib.sha256("\n".join((script, entry, cpu, _version(), _OPENMP)).encode()).hexdigest()
@@ -202,7 +203,7 @@ def _module_loader() -> Callable[[str], Any]:
     for name in ("libtvm_runtime.so", "libtvm_runtime_extra.so", "libtvm_compiler.so"):
         if (folder / name).exists():
             ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-    return tvm_ffi.load_module  # type: ignore[no-any-return]
+    return tvm_ffi.load_module
 
 
 def load_text(data: bytes, entry: str) -> Callable[..., None]:

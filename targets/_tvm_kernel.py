@@ -33,11 +33,17 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: st
     """
     if kernels == "none":
         return None
-    program = compose(region, REGISTRY, sizes)
-    entry = "".join(c if c.isalnum() else "_" for c in region.name)
+    signature = tuple(str(v.type) for v in (*region.params, *region.results))
+    return program_kernel(compose(region, REGISTRY, sizes), signature, kernels == "binary", cpu)
+
+
+def program_kernel(program: RegionProgram, signature: tuple[str, ...] = (), binary: bool = True,
+                   cpu: str = CPU_KINDS[0]) -> Kernel:  # fmt: skip
+    """The kernel of a row program."""
+    entry = "".join(c if c.isalnum() else "_" for c in program.name)
     script = generate(program, entry)
     files = [KernelFile("tir.py", script.text.encode())]
-    if kernels == "binary":
+    if binary:
         files.append(KernelFile("ll", compile_text(script.text, entry, cpu)))
     digest = hashlib.sha256(f"{cpu}\n{script.text}".encode()).hexdigest()[:8]
     launch: tuple[tuple[str, str | int], ...] = (
@@ -47,11 +53,7 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: st
         ("results", " ".join(f"{r.kind}:{r.cols}:{r.dtype}" for r in program.results)),
         ("in_place", " ".join(f"{i}:{k}" for i, k in script.in_place)),
     )
-    return Kernel(f"{entry}_{digest}", region.name, "tvm", _signature(region), tuple(files), launch)
-
-
-def _signature(region: Graph) -> tuple[str, ...]:
-    return tuple(str(v.type) for v in (*region.params, *region.results))
+    return Kernel(f"{entry}_{digest}", program.name, "tvm", signature, tuple(files), launch)
 
 
 def load_kernel(kernel: Kernel) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]:
@@ -97,8 +99,7 @@ class _Loaded:
                 raise WorkError(f"the kernel {self.name} expects {e.dtype} on the CPU, got {t.dtype} on {t.device}")
         rows, inner = self._rows(tensors, expected)
         if rows == 0:
-            sums = [t for t, r in zip(outputs, self.results, strict=True) if r.kind == "column"]
-            return lambda: [t.zero_() for t in sums] and None
+            return functools.partial(_clear, [t for t, r in zip(outputs, self.results, strict=True) if r.kind == "column"])
         before: list[Call] = []
         after: list[Call] = []
         arguments: list[torch.Tensor] = []
@@ -177,6 +178,11 @@ class _Loaded:
             if not (same and (index, k) in self.in_place) and _overlap(t, out):
                 return True
         return False
+
+
+def _clear(sums: list[torch.Tensor]) -> None:
+    for t in sums:
+        t.zero_()
 
 
 def _count(t: torch.Tensor, e: RegionOperand) -> int:

@@ -1,7 +1,7 @@
 """TIR expressions for what row programs compute: rounding to storage types bit by bit, and a vectorizable exp.
 
-TVM's own casts to 8-bit floats are wrong and its exp is a call per number, hence these. It folds `x != x` and
-`(x + c) - c`, so NaN is recognized, and what a sum rounded off recovered, by bits. Each function takes and gives TIR text.
+TVM's own casts to 8-bit floats are wrong and its exp is a call per number, hence these. It may fold `x != x` and
+`(x + c) - c`, so NaN, and what a sum rounded off, are recognized by bits. Each function takes and gives TIR text.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ class _Generator:
             *_indented(_indented(chunk)),
             *total,
         ]
-        names = [f"p{i}" for i in range(len(self.program.operands))] + [f"q{i}" for i in range(len(self.program.results))]
+        names = [f"p{i}" for i in range(len(self.program.operands))]
+        names += [f"q{k}" for k in range(len(self.program.results))]
         head = ["@T.prim_func", f"def {self.entry}({', '.join(f'{n}: T.handle' for n in names)}):"]
         return "\n".join([*head, *_indented(lines)]) + "\n"
 

@@ -34,13 +34,13 @@ def cast(op: OpDef, sample: Sample, tensors: tuple[torch.Tensor, ...], kind: DTy
     """
     wide = DType.f64 if kind is DType.f64 else DType.f32
     for choice in (kind, wide):
-        types = [t.with_dtype(choice if t.rank > 1 else wide) if t.dtype is DType.f64 else t for t in sample.inputs]
-        names = [t.dtype for t in types]
-        if op.name in ("attention_grad", "cross_entropy_grad"):
-            names = [wide if t.rank == 3 - (op.name == "cross_entropy_grad") else n for t, n in zip(types, names)]
-            names = [n if s.dtype is DType.f64 else s.dtype for n, s in zip(names, sample.inputs)]
+        names = []
+        for t in sample.inputs:
+            sums = t.rank < 2 or (op.name == "attention_grad" and t.rank == 3)
+            sums = sums or (op.name == "cross_entropy_grad" and t.rank == 2)
+            names.append((wide if sums else choice) if t.dtype is DType.f64 else t.dtype)
         try:
-            op.infer_types(tuple(t.with_dtype(n) for t, n in zip(types, names, strict=True)), sample.attrs)
+            op.infer_types(tuple(t.with_dtype(n) for t, n in zip(sample.inputs, names, strict=True)), sample.attrs)
         except IRError:
             continue
         return tuple(x.to(torch_dtype(n)) for x, n in zip(tensors, names, strict=True))
