@@ -196,6 +196,7 @@ def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
 
 
 FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
+MUL = '"mul.rn.f32 $0, $1, $2;", "=f,f,f"'
 SCALED_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
 
 
@@ -214,6 +215,11 @@ def _mainloop(spec: GemmSpec) -> list[str]:
     ]  # fmt: skip
     by_column = spec.kind == "grouped_k"
     load: list[str] = []
+    scales = [(i, j) for i, j in chunks if not by_column or j == 0]
+
+    def scale(i: int, j: int) -> str:
+        return f"next_a_{i}" if by_column else f"next_a_{i} * next_b_{j}"
+
     if spec.scaled:
         if by_column:
             lines.append("a_base = a_scale + (start_k // 128) * a_scale_stride")
@@ -234,11 +240,9 @@ def _mainloop(spec: GemmSpec) -> list[str]:
         if not by_column:
             load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
         lines += ["ahead = 0", *load]
+        lines += [f"scale_{i}_{j} = {scale(i, j)}" for i, j in scales]
     body = ["stage = used % STAGES", "phase = (used // STAGES) & 1"]
     if spec.scaled:
-        body += [f"scale_a_{i} = next_a_{i}" for i in range(rows)]
-        if not by_column:
-            body += [f"scale_b_{j} = next_b_{j}" for j in range(columns)]
         body += ["ahead = gl.minimum(block + 1, blocks - 1)", *load]
     body += ["mbarrier.wait(full.index(stage), phase)", "a_tile = a_ring.index(stage)", "b_tile = b_ring.index(stage)"]
 
@@ -261,17 +265,20 @@ def _mainloop(spec: GemmSpec) -> list[str]:
         if final:
             body.append("mbarrier.arrive(empty.index(stage), count=1)")
         if by_column:
-            given = f"[part, scale_a_{i}[:, None], columns_{j}[None, :], {acc}]"
+            given = f"[part, scale_{i}_0[:, None], columns_{j}[None, :], {acc}]"
             body.append(f"{acc} = gl.inline_asm_elementwise({SCALED_FMA}, {given}, gl.float32, False, 1)")
         else:
-            body.append(f"scale = scale_a_{i} * scale_b_{j}")
-            given = f"[part, scale[:, None], {acc}]"
+            given = f"[part, scale_{i}_{j}[:, None], {acc}]"
             body.append(f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)")
     if not spec.scaled:
         names = ", ".join(f"acc_{i}_{j}" for i, j in chunks)
         target = names if len(chunks) > 1 else names
         body.append(f"{target} = warpgroup_mma_wait(num_outstanding=0, deps=({names},))")
         body.append("mbarrier.arrive(empty.index(stage), count=1)")
+    # The loads of this iteration are first touched here, after the work that hides them.
+    for i, j in scales if spec.scaled else ():
+        other = "1.0" if by_column else f"next_b_{j}"
+        body.append(f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, {other}], gl.float32, False, 1)")
     body.append("used += 1")
     if spec.scaled and by_column:
         lines += [
