@@ -166,7 +166,7 @@ def _compile(script: str, entry: str, cpu: str) -> str:
         target = tvm.target.Target({"kind": "llvm", "mcpu": cpu})
         with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
             built = tvm.compile(module, target=target, tir_pipeline=_lowering())
-    except (tvm.error.TVMError, tvm.error.DiagnosticError, RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise WorkError(f"TVM could not compile the kernel {entry}: {str(error).strip().splitlines()[0]}") from error
     return _finish(built.mod.inspect_source("ll"))
 

@@ -99,7 +99,8 @@ class _Loaded:
                 raise WorkError(f"the kernel {self.name} expects {e.dtype} on the CPU, got {t.dtype} on {t.device}")
         rows, inner = self._rows(tensors, expected)
         if rows == 0:
-            return functools.partial(_clear, [t for t, r in zip(outputs, self.results, strict=True) if r.kind == "column"])
+            sums = [t for t, r in zip(outputs, self.results, strict=True) if r.kind == "column"]
+            return functools.partial(_clear, sums)
         before: list[Call] = []
         after: list[Call] = []
         arguments: list[torch.Tensor] = []

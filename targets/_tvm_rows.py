@@ -85,6 +85,7 @@ class _Generator:
         self.lanes = 8 if self.wide == "float64" else 16
         self.stages: Stages = plan_stages(program)
         self.locals: list[str] = []
+        self.names = 0
         self.buffers: dict[Row, str] = {}
         for row in self.stages.kept:
             self._place(row)
@@ -107,7 +108,8 @@ class _Generator:
 
     def _local(self, letter: str, size: int, dtype: str) -> str:
         """Declare memory of a chunk's own. One vector stays on the stack, where LLVM makes it a register."""
-        name = f"{letter}{len(self.locals)}"
+        name = f"{letter}{self.names}"
+        self.names += 1
         place = ', annotations={"disable_lower_builtin": True}' if size <= self.lanes else ""
         self.locals.append(f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="local"{place})')
         return name
