@@ -43,6 +43,13 @@ class Builder:
         b._names = {v.name: 0 for v in graph.values()}
         return b
 
+    @classmethod
+    def rewriting(cls, registry: Registry, graph: Graph, graphs: Mapping[str, Graph] | None = None) -> Builder:
+        """A builder with the parameters of `graph` and none of its nodes; new names avoid all of its names."""
+        b = cls.extend(registry, graph, graphs)
+        b._nodes = []
+        return b
+
     def input(self, name: str, type: Type) -> Value:
         """Declare an activation or state parameter."""
         self._inputs.append(Value(self._unique(name), type))
@@ -88,6 +95,10 @@ class Builder:
         outputs = tuple(Value(self._unique(n), t) for n, t in zip(names, types, strict=True))
         self._nodes.append(Node(op, inputs, pairs, outputs, node.path, self.phase, line))
         return outputs
+
+    def fresh(self, name: str, type: Type) -> Value:
+        """A value with a free name, for a node that the caller appends."""
+        return Value(self._unique(name), type)
 
     def append(self, node: Node) -> None:
         """Add a finished node whose output names are already unique."""
