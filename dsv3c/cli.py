@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,12 +23,14 @@ IMPLEMENTATIONS = ("auto", "generated", "library")
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+OUT_OF_MEMORY = "out of memory; choose a smaller model, batch or sequence"
 
 MODEL_HELP = "a preset (dsv3c list models), a config.json or a directory with one; MODEL:field=value,... overrides"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status: 0, 1 for failed work, 2 for bad input, 130 for Ctrl-C."""
+    _open_streams()
     try:
         arguments = build_parser().parse_args(argv)
         from dsv3c import commands
@@ -50,7 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{(error.strerror or str(error)).lower()}", Dsv3cError.exit_status)
     except MemoryError:
-        return _fail("out of memory; choose a smaller model, batch or sequence", Dsv3cError.exit_status)
+        return _fail(OUT_OF_MEMORY, Dsv3cError.exit_status)
+    except RuntimeError as error:  # torch has no type of its own for this on the CPU
+        if not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        return _fail(OUT_OF_MEMORY, Dsv3cError.exit_status)
+
+
+def _open_streams() -> None:
+    """Where the caller closed standard output or error, what is printed there is dropped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - it is used until the end
 
 
 def _fail(message: str, status: int) -> int:
@@ -69,9 +83,8 @@ class _Parser(argparse.ArgumentParser):
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
-            name = "/".join(action.option_strings) or action.metavar or action.dest
-            hint = did_you_mean(str(value), map(str, action.choices))
-            raise InputError(f"{name} {value}: no such choice; {hint}")
+            given = " ".join(filter(None, ("/".join(action.option_strings), str(value))))
+            raise InputError(f"{given}: no such choice; {did_you_mean(str(value), map(str, action.choices))}")
 
 
 def _count(text: str) -> int:

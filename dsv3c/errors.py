@@ -24,6 +24,6 @@ class WorkError(Dsv3cError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for an unknown name: the nearest known one, or the whole list if none is near."""
-    choices = sorted(known)
+    choices = sorted({*known})
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     return f"did you mean '{near[0]}'?" if near else f"known: {', '.join(choices)}"
