@@ -19,6 +19,7 @@ from dsv3c.errors import InputError
 from dsv3c.files import read_text, write_text
 
 if TYPE_CHECKING:
+    from dsv3c.job import Mesh
     from dsv3c.plan import Memory, Plan
     from dsv3c.runtime.session import Session
     from dsv3c.state import Note, PassReport
@@ -66,7 +67,7 @@ def opt(a: argparse.Namespace) -> int:
     from dsv3c.text import show_program
 
     passes = pipeline.parse(a.passes)
-    text = sys.stdin.read() if a.file == "-" else read_text(a.file, "a program's text")
+    text = _standard_input() if a.file == "-" else read_text(a.file, "a program's text")
     target = None if a.target is None else _target(a.target)
     state = pipeline.text_state(
         text, REGISTRY, file=a.file, target=target, precision=a.precision, sizes=pipeline.parse_sizes(a.sizes or "")
@@ -86,6 +87,17 @@ def opt(a: argparse.Namespace) -> int:
     elif a.out is None:
         print(result, end="")
     return 0
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InputError("-: standard input is closed; give the path of a program's text")
+    try:
+        text = sys.stdin.read()
+        text.encode()  # some locales read what is not UTF-8 as lone surrogates
+    except UnicodeError:
+        raise InputError("-: standard input is not text; give a program's text") from None
+    return text
 
 
 def inspect(a: argparse.Namespace) -> int:
@@ -226,9 +238,10 @@ def _session(a: argparse.Namespace) -> Session:
         if a.weights is not None:
             raise InputError(f"--weights {a.weights}: {a.source} is a checkpoint itself; leave --weights out")
         return driver.load(driver.compile(a.source, job="decode"), weights=a.source)
+    session = driver.load(a.source, weights=a.weights, seed=a.seed)
     if a.weights is None:
         tell("no --weights: the model is random")
-    return driver.load(a.source, weights=a.weights, seed=a.seed)
+    return session
 
 
 def verify(a: argparse.Namespace) -> int:
@@ -240,6 +253,8 @@ def verify(a: argparse.Namespace) -> int:
     from dsv3c.runtime import parity, reference
 
     config = load_config(a.directory)
+    if a.length > config.max_position_embeddings:
+        raise InputError(f"--length {a.length} exceeds the model's {config.max_position_embeddings} positions")
     tokens = reference.sample_tokens(config.vocab_size, a.sequences, a.length, a.seed)
     expected = parity.reference_run(a.directory, tokens, a.precision)
     plan = driver.compile(
@@ -275,7 +290,7 @@ def _overview(plan: Plan) -> str:
     facts = [
         ("model", plan.model),
         ("job", f"{job.kind} on {plan.target}, {job.precision}, {batch}"),
-        ("mesh", f"{job.mesh} ({job.mesh.world} ranks)"),
+        ("mesh", _mesh(job.mesh)),
         ("parameters", number(plan.parameters.total)),
         ("  active", number(plan.parameters.active)),
         ("  mtp", number(plan.parameters.mtp)),
@@ -284,10 +299,18 @@ def _overview(plan: Plan) -> str:
     ]
     built = [k for k in plan.kernels if k.has_binary]
     facts.append(("kernels", f"{len(built)} with binary, {len(plan.kernels) - len(built)} as source only"))
-    if plan.missing_kernels:
+    if plan.missing_kernels and job.kernels == "none":
+        facts.append(("  missing", f"all {len(plan.missing_kernels)}, as --kernels none asks"))
+    elif plan.missing_kernels:
         facts.append(("  missing", f"{len(plan.missing_kernels)}: the target has no generator for"))
-    facts += [("", name) for name in plan.missing_kernels]
+        facts += [("", name) for name in plan.missing_kernels]
     return table(facts)
+
+
+def _mesh(mesh: Mesh) -> str:
+    if mesh.world == 1:
+        return "1 rank"
+    return f"{mesh} ({mesh.world} ranks; not divided yet: all figures are of one rank that holds everything)"
 
 
 def _peak(memory: Memory) -> str:

@@ -184,7 +184,8 @@ def load_config(path: str | os.PathLike[str]) -> ModelConfig:
     try:
         mapping = json.loads(file.read_text(encoding="utf-8"), parse_constant=_not_a_number)
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file; give a config.json or a directory that holds one") from None
+        hint = "; a model trained there is in its folder hf" if (file.parent / "hf" / file.name).is_file() else ""
+        raise InputError(f"{file}: no such file; give a config.json or a directory that holds one{hint}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:

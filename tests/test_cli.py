@@ -477,7 +477,9 @@ def test_verify(passed: bool, fake: Fake, calls: Calls, monkeypatch: pytest.Monk
     fake("driver", compile="plan", load="session")
     fake("runtime.parity", reference_run="expected", compare=lambda *_: certificate)
     fake("runtime.reference", sample_tokens="tokens")
-    monkeypatch.setattr("dsv3c.models.config.load_config", lambda _: SimpleNamespace(vocab_size=7))
+    monkeypatch.setattr(
+        "dsv3c.models.config.load_config", lambda _: SimpleNamespace(vocab_size=7, max_position_embeddings=64)
+    )
     assert cli.main(["verify", "d", "--precision", "fp64", "--length", "5"]) == (0 if passed else 1)
     assert capsys.readouterr().out == "PAGE\n"
     assert calls == [
