@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from dsv3c.errors import InputError
+from dsv3c.errors import InputError, WorkError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +25,21 @@ class Sampling:
 
 
 def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> torch.Tensor:
-    """The next token of each row of logits [B, V] -> i64[B]; it depends on (logits, sampling, position) alone."""
+    """The next token of each row of logits [B, V] -> i64[B]; it depends on (logits, sampling, position) alone.
+
+    Raises WorkError for logits that are no numbers.
+    """
+    likeliest = logits.argmax(-1, keepdim=True)
+    best = logits.gather(-1, likeliest)
+    if not bool(best.isfinite().all()):  # argmax finds a NaN before every number
+        raise WorkError("the model's output is not a number; its weights are damaged or its training diverged")
     if sampling.temperature == 0:
-        return logits.argmax(-1).cpu()
-    probability = torch.softmax(logits.double().cpu() / sampling.temperature, -1)
+        return likeliest.squeeze(-1).cpu()
+    # Below its maximum, so that no temperature overflows.
+    probability = torch.softmax((logits.double() - best.double()).cpu() / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, index = probability.sort(stable=True, dim=-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= sampling.top_p
         probability = torch.zeros_like(probability).scatter(-1, index, ordered.masked_fill(outside, 0.0))
-    generator = torch.Generator().manual_seed(sampling.seed * 1_000_003 + position)
+    generator = torch.Generator().manual_seed((sampling.seed * 1_000_003 + position) % 2**63)
     return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
