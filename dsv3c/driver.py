@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dsv3c import pipeline
 from dsv3c.arena import BufferPlan
 from dsv3c.errors import InputError, did_you_mean
-from dsv3c.ir import Graph, Program
+from dsv3c.ir import DType, Graph, Program
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
 from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PathLike = str | os.PathLike[str]
 
-TRAIN_PASSES = "differentiate,eliminate,share,hoist,recompute,fuse,eliminate,cut,plan_buffers"
+TRAIN_PASSES = "eliminate,share,hoist,recompute,fuse,eliminate,cut,plan_buffers"
 SERVE_PASSES = "eliminate,share,hoist,fuse,eliminate,plan_buffers"
 
 
@@ -54,8 +54,7 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
         document_end=document_end, recipe=recipe,
     )  # fmt: skip
     program = family.build(config, task, machine.expert_alignment(task.dtype))
-    text = passes if passes is not None else TRAIN_PASSES if job == "train" else SERVE_PASSES
-    steps = pipeline.parse(text)
+    steps = pipeline.parse(passes if passes is not None else default_passes(task))
     outcome = pipeline.run(
         State(program, REGISTRY, task, machine), steps, dump=Path(dump) if dump else None, print_after=print_after,
         stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir, settle=settle_price,
@@ -67,6 +66,12 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
         weights=_stored(outcome.state.program), memory=_memory(outcome.state.buffers, machine), kernels=made,
         missing_kernels=missing, buffers=_buffers(outcome.state.buffers), steps=outcome.steps,
     )  # fmt: skip
+
+
+def default_passes(job: Job) -> str:
+    """The pipeline of a job as text."""
+    quantize = "quantize," if job.precision == "fp8" else ""
+    return f"differentiate,{quantize}{TRAIN_PASSES}" if job.kind == "train" else f"{quantize}{SERVE_PASSES}"
 
 
 def load(plan: Plan | PathLike, weights: PathLike | None = None, seed: int = 0) -> Session:
@@ -93,8 +98,8 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
     _choice("--precision", chosen, PRECISIONS)
     if chosen == "fp64" and target.device != "cpu":
         raise InputError(f"--precision fp64 runs on --target cpu only, not on {target.name}")
-    if chosen == "fp8" and target.device == "cpu":
-        raise InputError("--precision fp8 is for the Hopper targets; --target cpu takes fp32, bf16 or fp64")
+    if chosen == "fp8" and DType.e4m3 not in dict(target.machine.matrix_flops):
+        raise InputError(f"--precision fp8 needs FP8 tensor cores, which {target.name} lacks; take bf16, fp32 or fp64")
     axes = parse_mesh(mesh)
     length = min(4096, config.max_position_embeddings) if seq is None else seq
     batch = micro_batch * axes.dp if global_batch is None else global_batch
@@ -106,6 +111,8 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
     ):
         if value < 1:
             raise InputError(f"{flag} {value} must be at least 1")
+    if kind == "train" and length < 2:
+        raise InputError(f"--seq {length}: the loss needs at least 2 tokens")
     if length > config.max_position_embeddings:
         raise InputError(
             f"--seq {length} exceeds the model's {config.max_position_embeddings} positions (max_position_embeddings)"

@@ -56,6 +56,11 @@ class Session:
         self.target: Target = find(plan.target)
         if self.target.device is None:
             raise InputError(f"a plan for {self.target.name} cannot run here; compile for --target cpu")
+        if plan.job.mesh.world != 1:
+            raise InputError(
+                f"a plan for {plan.job.mesh.world} ranks cannot run: many ranks are not executed yet; "
+                "compile it without --mesh"
+            )
         self.device = self.target.device
         assert self.target.load is not None
         kernels = {k.op: self.target.load(k) for k in plan.kernels}
@@ -144,7 +149,7 @@ class Session:
         """One optimizer step on tokens [global_batch, seq]; `lr` replaces the recipe's learning rate."""
         sequence = self._train_sequence()
         job = self.plan.job
-        batch, length = self._check(tokens)
+        batch, length = self._check_training(tokens)
         if batch % job.micro_batch:
             raise InputError(f"a batch of {batch} sequences does not divide into micro-batches of {job.micro_batch}")
         count = batch // job.micro_batch
@@ -182,7 +187,7 @@ class Session:
         if unknown:
             raise InputError(f"unknown loss {', '.join(sorted(unknown))}; known: {', '.join(LOSSES)}")
         sequence = self._train_sequence()
-        batch, length = self._check(tokens)
+        batch, length = self._check_training(tokens)
         runner = self._runner("train", batch, length)
         self._prologue()
         self._set_losses(runner, sequence, losses, 1.0)
@@ -200,7 +205,7 @@ class Session:
     def losses(self, tokens: torch.Tensor) -> dict[str, float]:
         """Every loss of tokens [B, S] by name (`loss.main`, `loss.mtp.K`, `balance.LAYER`), unweighted."""
         sequence = self._train_sequence()
-        runner = self._runner("train", *self._check(tokens))
+        runner = self._runner("train", *self._check_training(tokens))
         self._prologue()
         runner.values["tokens"].copy_(tokens)
         runner.run()
@@ -217,11 +222,25 @@ class Session:
             raise InputError(
                 f"this plan was compiled for --job {self.plan.job.kind}; compile with --job train to train"
             )
-        return self.program.sequence("train")
+        sequence = self.program.sequence("train")
+        if not sequence.gradients:
+            raise InputError(
+                f"the passes of this plan, '{self.plan.pipeline}', make no backward pass; "
+                "compile with differentiate and then cut among them"
+            )
+        return sequence
+
+    def _check_training(self, tokens: torch.Tensor) -> tuple[int, int]:
+        batch, length = self._check(tokens)
+        if length < 2:
+            raise InputError("a sequence of 1 token has nothing to predict; the loss needs at least 2")
+        return batch, length
 
     def _check(self, tokens: torch.Tensor, extra: int = 0) -> tuple[int, int]:
         """Batch and length of valid tokens; raises InputError for any others."""
         limit, vocab = self.config.max_position_embeddings, self.config.vocab_size
+        if not isinstance(tokens, torch.Tensor):
+            raise InputError(f"tokens must be a LongTensor [B, S], got a {type(tokens).__name__}")
         if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32) or 0 in tokens.shape:
             raise InputError(f"tokens must be a LongTensor [B, S], got {tokens.dtype} {list(tokens.shape)}")
         if tokens.shape[1] + extra > limit:
