@@ -47,6 +47,7 @@ def generate_text(session: Session, prompt: str | Sequence[int], *, max_new_toke
         given = words.encode(prompt) or [words.eos]
     else:
         given = list(prompt)
+    _check_vocabulary(given, session.config.vocab_size, words if isinstance(prompt, str) else None)
     out = on_text or _ignore
     shown = Stream(words, given, stop or "") if words is not None else None
     tokens: list[int] = []
@@ -70,6 +71,14 @@ def generate_text(session: Session, prompt: str | Sequence[int], *, max_new_toke
         out(piece)
         reason = "stop" if shown.stopped else reason
     return Generated(given, tokens, None if shown is None else shown.text, reason)
+
+
+def _check_vocabulary(tokens: Sequence[int], size: int, words: Tokenizer | None) -> None:
+    """Refuse tokens that the model has not; `words` is where they come from, None if the user gave them."""
+    outside = next((t for t in tokens if not 0 <= t < size), None)
+    if outside is not None:
+        advice = "" if words is None else f"; {words.name} is another model's tokenizer, choose by --tokenizer"
+        raise InputError(f"token {outside} is outside the vocabulary of {size}{advice}")
 
 
 def _ignore(piece: str) -> None:
