@@ -91,6 +91,8 @@ def _expect_maps(source: Type, slot: Type) -> None:
 
 def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[index] along the first axis; 0 where the index is negative."""
+    if x.dtype == torch.float8_e4m3fn:  # torch gathers bytes, not float8; zero is the same byte
+        return _gather(x.view(torch.uint8), index).view(x.dtype)
     rows = x[index.clamp(min=0).long()]
     return rows.masked_fill((index < 0).view(*index.shape, *[1] * (x.dim() - 1)), 0)
 
