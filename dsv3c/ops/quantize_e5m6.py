@@ -62,21 +62,34 @@ def _floor_row(x: Row) -> Row:
     return rounded(x + (130.0 - 63 / 128), DType.bf16) - 130.0
 
 
+def _power_of_two(exponent: Row) -> Row:
+    """2^exponent for integers: what is just above 3/4 of an inexact exp."""
+    return unary("power_of_two_above", exp(exponent * LN_2) * 0.75)
+
+
 def _code_row(value: Row) -> tuple[Row, Row]:
     """The upper 8 and the lower 4 bits of an E5M6 number, in exact float32 arithmetic."""
     size = unary("abs", value)
     power = unary("power_of_two_above", binary("max", size, 2.0**-14) * (1 + 2.0**-8)) * 0.5
     exponent = rounded(unary("log", power) * LOG2_E, DType.bf16)
-    code = size / power * 64.0 + (exponent + 14.0) * 64.0
+    code = size * _power_of_two(-exponent) * 64.0 + (exponent + 14.0) * 64.0
     upper = _floor_row(code * (1 / 16))
     return upper + select(binary("less", value, 0.0), 128.0, 0.0), code - upper * 16.0
 
 
-def _quantize_e5m6_row(x: Row) -> tuple[Row, Row]:
+def _scaled_row(x: Row) -> tuple[Row, Row]:
     s = scale_row(amax_row(x), E5M6_MAX, True)
     value = rounded(x * spread_row(1.0 / s, x.cols), DType.e5m6)
-    value = select(binary("less", unary("abs", value), float("inf")), value, 0.0)
+    return select(binary("less", unary("abs", value), float("inf")), value, 0.0), s
+
+
+def _quantize_e5m6_row(x: Row) -> tuple[Row, Row]:
     half = x.cols // 2
+    if half % TILE == 0:  # each half has tiles of its own
+        made = [_scaled_row(columns(x, start, start + half)) for start in (0, half)]
+        value, s = (join(*parts) for parts in zip(*made, strict=True))
+    else:
+        value, s = _scaled_row(x)
     left, right = (_code_row(columns(value, start, start + half)) for start in (0, half))
     return join(left[0], right[0], left[1] + right[1] * 16.0), s
 
@@ -121,14 +134,13 @@ def _dequantize_e5m6(q: torch.Tensor, s: torch.Tensor, *, dtype: str) -> torch.T
 
 
 def _value_row(upper: Row, low: Row) -> Row:
-    """The number of an E5M6 code, in exact float32 arithmetic: 2^e is the power of two just above 3/4 of exp."""
+    """The number of an E5M6 code, in exact float32 arithmetic."""
     negative = binary("less", 127.5, upper)
     code = (upper - select(negative, 128.0, 0.0)) * 16.0 + low
     exponent = _floor_row(code * (1 / 64))
     normal = binary("less", 0.5, exponent)
     fraction = code - exponent * 64.0 + select(normal, 64.0, 0.0)
-    power = unary("power_of_two_above", exp((select(normal, exponent, 1.0) - 21.0) * LN_2) * 0.75)
-    return fraction * power * select(negative, -1.0, 1.0)
+    return fraction * _power_of_two(select(normal, exponent, 1.0) - 21.0) * select(negative, -1.0, 1.0)
 
 
 def _dequantize_e5m6_row(q: Row, s: Row, *, dtype: str) -> Row:
