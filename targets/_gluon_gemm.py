@@ -195,97 +195,102 @@ def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
     return [*head, *_indent(["filled = 0", *views, *_tiles(spec, body)], 1)]
 
 
-FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
-MUL = '"mul.rn.f32 $0, $1, $2;", "=f,f,f"'
-SCALED_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
-
-
 def _chunks(spec: GemmSpec) -> list[tuple[int, int]]:
     rows = spec.bm // CONSUMERS // 64
     return [(i, j) for i in range(rows) for j in range(spec.bn // spec.chunk)]
 
 
 def _mainloop(spec: GemmSpec) -> list[str]:
-    """All blocks of K into acc_i_j. FMAs are volatile so that no compiler moves them past the next instruction:
-    moved, two partial sums live at once and the accumulators spill."""
-    rows, columns = spec.bm // CONSUMERS // 64, spec.bn // spec.chunk
-    chunks = _chunks(spec)
-    lines = [
-        f"acc_{i}_{j} = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)" for i, j in chunks
-    ]  # fmt: skip
-    by_column = spec.kind == "grouped_k"
-    load: list[str] = []
-    scales = [(i, j) for i, j in chunks if not by_column or j == 0]
+    """All blocks of K into acc_i_j.
 
-    def scale(i: int, j: int) -> str:
-        return f"next_a_{i}" if by_column else f"next_a_{i} * next_b_{j}"
-
-    if spec.scaled:
-        if by_column:
-            lines.append("a_base = a_scale + (start_k // 128) * a_scale_stride")
-            lines.append("b_base = b_scale + (start_k // 128) * b_scale_stride + column")
-        else:
-            lines.append("a_base = a_scale")
-            # Of a pair's tiles the last may lie wholly outside N; its results are dropped.
-            first = "expert * gl.cdiv(N, 128)" if spec.grouped else "0"
-            lines += [
-                f"b_base_{j} = b_scale + ({first} + gl.minimum(column // 128 + {j}, (N - 1) // 128)) * gl.cdiv(K, 128)"
-                for j in range(columns)
-            ]
-        last = "M - 1" if by_column else "stop - 1"
-        lines += [
-            f"at_{i} = gl.minimum(my_row + {64 * i} + gl.arange(0, 64, layout=ROWS), {last})" for i in range(rows)
-        ]
-        load = [f"next_a_{i} = gl.load(a_base + ahead * a_scale_stride + at_{i})" for i in range(rows)]
-        if not by_column:
-            load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
-        lines += ["ahead = 0", *load]
-        lines += [f"scale_{i}_{j} = {scale(i, j)}" for i, j in scales]
-    body = ["stage = used % STAGES", "phase = (used // STAGES) & 1"]
-    if spec.scaled:
-        body += ["ahead = gl.minimum(block + 1, blocks - 1)", *load]
-    body += ["mbarrier.wait(full.index(stage), phase)", "a_tile = a_ring.index(stage)", "b_tile = b_ring.index(stage)"]
+    What is not arithmetic happens while an instruction runs: the previous stage is given back, the next one awaited,
+    the next scales loaded. A scale is first touched a whole block after its load was issued.
+    """
+    rows, columns, chunks = spec.bm // CONSUMERS // 64, spec.bn // spec.chunk, _chunks(spec)
 
     def operands(i: int, j: int) -> str:
         a = f"a_tile.slice(WORKER * {64 * rows} + {64 * i}, 64)"
         b = "b_tile" if columns == 1 else f"b_tile.slice({spec.chunk * j}, {spec.chunk})"
         return f"{a}, {b}.permute((1, 0))"
 
-    for i, j in chunks:
-        acc = f"acc_{i}_{j}"
-        final = (i, j) == chunks[-1]
-        if not spec.scaled:
-            body.append(f"{acc} = warpgroup_mma({operands(i, j)}, {acc}, is_async=True)")
-            continue
-        body.append(f"part = warpgroup_mma({operands(i, j)}, part, use_acc=False, is_async=True)")
-        if by_column:
-            inside = f"columns_{j} = gl.load(b_base + block * b_scale_stride + {spec.chunk * j} + COLUMNS_{j})"
-            body.append(inside.replace(f"{spec.chunk * j} + COLUMNS_{j}", f"column_{j}"))
-        body.append("part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))")
-        if final:
-            body.append("mbarrier.arrive(empty.index(stage), count=1)")
-        if by_column:
-            given = f"[part, scale_{i}_0[:, None], columns_{j}[None, :], {acc}]"
-            body.append(f"{acc} = gl.inline_asm_elementwise({SCALED_FMA}, {given}, gl.float32, False, 1)")
-        else:
-            given = f"[part, scale_{i}_{j}[:, None], {acc}]"
-            body.append(f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)")
-    if not spec.scaled:
-        names = ", ".join(f"acc_{i}_{j}" for i, j in chunks)
-        target = names if len(chunks) > 1 else names
-        body.append(f"{target} = warpgroup_mma_wait(num_outstanding=0, deps=({names},))")
-        body.append("mbarrier.arrive(empty.index(stage), count=1)")
-    # The loads of this iteration are first touched here, after the work that hides them.
-    for i, j in scales if spec.scaled else ():
-        other = "1.0" if by_column else f"next_b_{j}"
-        body.append(f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, {other}], gl.float32, False, 1)")
+    lines = [f"acc_{i}_{j} = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)" for i, j in chunks]
+    before, shadow = _scales(spec, rows, columns)
+    lines += before
+    lines.append("mbarrier.wait(full.index(used % STAGES), (used // STAGES) & 1, pred=blocks > 0)")
+    body = ["a_tile = a_ring.index(used % STAGES)", "b_tile = b_ring.index(used % STAGES)"]
+    give_back = "mbarrier.arrive(empty.index((used - 1) % STAGES), pred={0})"
+    coming = "mbarrier.wait(full.index((used + 1) % STAGES), ((used + 1) // STAGES) & 1, pred=block + 1 < blocks)"
+    names = ", ".join(f"acc_{i}_{j}" for i, j in chunks)
+    if spec.scaled:
+        for i, j in chunks:
+            body.append(f"part = warpgroup_mma({operands(i, j)}, part, use_acc=False, is_async=True)")
+            if (i, j) == chunks[0]:
+                body += [give_back.format("block > 0"), *shadow]
+            if spec.kind == "grouped_k":
+                body.append(f"scale_columns = gl.load(b_base + block * b_scale_stride + column_{j})")
+            if (i, j) == chunks[-1]:
+                body.append(coming)
+            body.append("part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))")
+            body.append(_promote(spec, i, j))
+    else:
+        body += [f"acc_{i}_{j} = warpgroup_mma({operands(i, j)}, acc_{i}_{j}, is_async=True)" for i, j in chunks]
+        body.append(f"{names} = warpgroup_mma_wait(num_outstanding={len(chunks)}, deps=({names},))")
+        body += [give_back.format("block > 0"), coming]
     body.append("used += 1")
-    if spec.scaled and by_column:
-        lines += [
-            f"column_{j} = gl.minimum({spec.chunk * j} + gl.arange(0, {spec.chunk}, layout=COLUMNS), N - 1 - column)"
+    lines += ["for block in range(0, blocks):", *_indent(body, 1)]
+    if not spec.scaled:
+        lines.append(f"{names} = warpgroup_mma_wait(num_outstanding=0, deps=({names},))")
+    lines.append(give_back.format("blocks > 0"))
+    return lines
+
+
+# Volatile, so that no compiler moves them past the next matrix instruction: moved, two partial sums live at once and
+# the accumulators spill.
+FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
+SCALED_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
+MUL = '"mul.rn.f32 $0, $1, $2;", "=f,f,f"'
+
+
+def _promote(spec: GemmSpec, i: int, j: int) -> str:
+    acc = f"acc_{i}_{j}"
+    if spec.kind == "grouped_k":
+        given = f"[part, scale_{i}_0[:, None], scale_columns[None, :], {acc}]"
+        return f"{acc} = gl.inline_asm_elementwise({SCALED_FMA}, {given}, gl.float32, False, 1)"
+    given = f"[part, scale_{i}_{j}[:, None], {acc}]"
+    return f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)"
+
+
+def _scales(spec: GemmSpec, rows: int, columns: int) -> tuple[list[str], list[str]]:
+    """Lines before the loop over K, and lines that form this block's scales and load the next block's."""
+    if not spec.scaled:
+        return [], []
+    by_column = spec.kind == "grouped_k"
+    last = "M - 1" if by_column else "stop - 1"
+    before = [f"at_{i} = gl.minimum(my_row + {64 * i} + gl.arange(0, 64, layout=ROWS), {last})" for i in range(rows)]
+    load = [f"next_a_{i} = gl.load(a_base + ahead * a_scale_stride + at_{i})" for i in range(rows)]
+    if by_column:
+        before += [
+            "a_base = a_scale + (start_k // 128) * a_scale_stride",
+            "b_base = b_scale + (start_k // 128) * b_scale_stride",
+        ]
+        before += [
+            f"column_{j} = gl.minimum(column + {spec.chunk * j} + gl.arange(0, {spec.chunk}, layout=COLUMNS), N - 1)"
             for j in range(columns)
         ]
-    return [*lines, "for block in range(0, blocks):", *_indent(body, 1)]
+        form = [f"scale_{i}_0 = gl.inline_asm_elementwise({MUL}, [next_a_{i}, 1.0], gl.float32, False, 1)"
+                for i in range(rows)]  # fmt: skip
+    else:
+        # Of a pair's tiles the last may lie wholly outside N; its results are dropped.
+        first = "expert * gl.cdiv(N, 128) + " if spec.grouped else ""
+        before.append("a_base = a_scale")
+        before += [
+            f"b_base_{j} = b_scale + ({first}gl.minimum(column // 128 + {j}, (N - 1) // 128)) * gl.cdiv(K, 128)"
+            for j in range(columns)
+        ]
+        load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
+        form = [f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, next_b_{j}], gl.float32, False, 1)"
+                for i in range(rows) for j in range(columns)]  # fmt: skip
+    return [*before, "ahead = 0", *load], [*form, "ahead = gl.minimum(block + 1, blocks - 1)", *load]
 
 
 def _store(spec: GemmSpec) -> list[str]:

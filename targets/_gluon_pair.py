@@ -51,8 +51,8 @@ def paired(ptx: str) -> str:
     if entry is None or len(loads) != 2:
         raise _unknown("one branch by warp and two copies")
     ptx, arrivals = _ARRIVE.subn(_arrive_at_both, ptx)
-    if arrivals != 2:
-        raise _unknown("one arrival per consumer")
+    if arrivals != 4:
+        raise _unknown("two arrivals per consumer")
     multicast = r"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
     ptx = _LOAD.sub(lambda m: f"{multicast} {m[1]}, both;", ptx, count=1)
     # Worker warps pass their dispatch loop twice: before their work and after it. They release registers first,
