@@ -59,7 +59,7 @@ def _short(value: Scalar) -> str:
 def _program(plan: Plan) -> str:
     """A hash of what is executed: the program's text and the generated code."""
     digest = hashlib.sha256(plan.ir.encode())
-    for kernel in plan.kernels:
+    for kernel in sorted(plan.kernels, key=lambda k: k.id):
         digest.update(kernel.op.encode())
         for file in kernel.files:
             digest.update(file.data)

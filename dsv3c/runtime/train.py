@@ -116,7 +116,8 @@ def train(plan: Plan, data: Sequence[str | Path], *, steps: int, out: str | Path
         result = run.go(metrics)
     if result.interrupted:
         return result
-    return dataclasses.replace(result, hf=str(write_hf(Path(out) / HF, session.config, session.weights.tensors, words)))
+    write_hf(Path(out) / HF, session.config, session.weights.tensors, words)
+    return dataclasses.replace(result, hf=str(Path(out) / HF))
 
 
 def _check(plan: Plan, steps: int, save_every: int | None) -> None:
