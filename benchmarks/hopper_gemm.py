@@ -18,14 +18,13 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import record
-from dsv3c.targets._gluon_gemm import GemmSpec, Pair
+from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Output, Pair
 from dsv3c.targets._gluon_launch import Binary, build, load
 
 DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 ROWS = ((4, 8192), (8, 4096))
 EXPERT = ((4096, 7168), (7168, 2048))
 E4M3 = torch.float8_e4m3fn
-PAIRS: tuple[Pair, ...] = ("", "a", "b")
 Run = Callable[[], None]
 
 
@@ -147,7 +146,7 @@ def columns_case(groups: int, each: int, n: int, k: int, spread: float = 0.2) ->
                           for e, (i, j) in enumerate(zip(ends, ends[1:], strict=False))])  # fmt: skip
     offsets = torch.tensor(ends, device="cuda", dtype=torch.int32)
     out = before.clone()
-    values = dict(a_desc=a, b_desc=b, c_ptr=out, a_scale=a_scale, b_scale=b_scale, offsets=offsets, experts=groups,
+    values = dict(a_desc=a, b_desc=b, c_desc=out, a_scale=a_scale, b_scale=b_scale, offsets=offsets, experts=groups,
                   M=n, N=k, K=rows, a_scale_stride=n, b_scale_stride=k)  # fmt: skip
     return Case(f"grouped_k_e4m3/{groups}x{each}x{n}x{k}", 2.0 * rows * n * k, values, out, wanted, before, None)
 
@@ -161,23 +160,33 @@ class Plan:
     tolerance: float
 
 
+TILES: tuple[tuple[int, int, int, Pair], ...] = (
+    (256, 128, 4, ""), (256, 128, 4, "a"), (256, 128, 4, "b"), (128, 256, 4, "a"), (128, 256, 4, "b"),
+    (192, 128, 4, ""), (192, 128, 4, "b"), (128, 128, 6, "b"),
+)  # fmt: skip
+
+
+def _specs(kind: Kind, dtype: Element) -> tuple[GemmSpec, ...]:
+    """The candidates: for column-scaled products without tiles of 256 columns, whose scales need registers."""
+    tiles = [t for t in TILES if kind != "grouped_k" or t[1] == 128]
+    if kind == "grouped_rows":
+        tiles = [t for t in tiles if t[3] == "a" or t[0] == 192]
+    output: Output = "accumulate_f32" if kind == "grouped_k" else "bf16"
+    return tuple(GemmSpec(kind, dtype, bm, bn, stages, output, pair=pair) for bm, bn, stages, pair in tiles)
+
+
 def plans(cases: list[str]) -> list[Plan]:
     found: list[Plan] = []
     if "dense" in cases:
-        shapes = ((256, 128, 4), (128, 256, 4), (128, 128, 6))
-        specs = tuple(GemmSpec("dense", "e4m3", *s, pair=p) for s in shapes for p in PAIRS)
-        found += [Plan(lambda n=n, k=k: dense_case(4096, n, k), specs, 4e-3) for n, k in DENSE]
+        found += [Plan(lambda n=n, k=k: dense_case(4096, n, k), _specs("dense", "e4m3"), 4e-3) for n, k in DENSE]
     if "rows" in cases:
-        specs = tuple(GemmSpec("grouped_rows", "e4m3", *s, pair="a") for s in ((256, 128, 4), (128, 256, 4)))
-        found += [Plan(lambda e=e, r=r, n=n, k=k: rows_case(e, r, n, k), specs, 4e-3)
+        found += [Plan(lambda e=e, r=r, n=n, k=k: rows_case(e, r, n, k), _specs("grouped_rows", "e4m3"), 4e-3)
                   for e, r in ROWS for n, k in EXPERT]  # fmt: skip
     if "columns" in cases:
-        specs = tuple(GemmSpec("grouped_k", "e4m3", 128, 128, 6, output="accumulate_f32", pair=p) for p in PAIRS)
-        found += [Plan(lambda e=e, r=r, n=n, k=k: columns_case(e, r, n, k), specs, 1e-3)
+        found += [Plan(lambda e=e, r=r, n=n, k=k: columns_case(e, r, n, k), _specs("grouped_k", "e4m3"), 1e-3)
                   for (e, r), (n, k) in zip(ROWS, EXPERT, strict=True)]  # fmt: skip
     if "bf16" in cases:
-        specs = tuple(GemmSpec("dense", "bf16", *s, pair=p) for s in ((256, 128, 4), (128, 256, 4)) for p in PAIRS)
-        found += [Plan(lambda n=n, k=k: dense_bf16_case(4096, n, k), specs, 4e-3) for n, k in DENSE]
+        found += [Plan(lambda n=n, k=k: dense_bf16_case(4096, n, k), _specs("dense", "bf16"), 4e-3) for n, k in DENSE]
     return found
 
 

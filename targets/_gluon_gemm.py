@@ -18,7 +18,6 @@ Output = Literal["bf16", "accumulate_f32"]
 Pair = Literal["", "a", "b"]
 
 SHARED_LIMIT = 227 * 1024
-CONSUMERS = 2
 SCALE_BLOCK = 128
 """Columns of K (rows of the batch, for `grouped_k`) that share one scale, and between FP32 promotions."""
 
@@ -30,7 +29,7 @@ class GemmSpec:
     `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e]; each offset is a multiple of
     64. `grouped_k`: C[e] += A[:, offsets[e]:offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128.
     `e4m3` operands carry float32 scales: A 1×128 as [K/128, >= M]; B 128×128 as [N/128, K/128], but for
-    `grouped_k` 1×128 as A. `bm`, `bn`: the tile of one block; `stages`: ring depth; `raster`: how many tile rows are
+    `grouped_k` 1×128 as A, where rows of B's are padded to a multiple of `bn`. `bm`, `bn`: the tile of one block; `stages`: ring depth; `raster`: how many tile rows are
     swept together, for reuse in L2. `pair`: two neighbouring blocks form a cluster and share their tile of this operand,
     each fetching half of it for both: a third less traffic from L2. `epilogue`: lines of Gluon that rebind `tile`, the float32 [64, chunk]
     accumulator at (`row`, `column`), before it is stored.
@@ -47,8 +46,10 @@ class GemmSpec:
     epilogue: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.bm not in (128, 256) or self.bn not in (64, 128, 256) or self.bm * self.bn > 256 * 128:
-            raise InputError(f"no kernel has tiles of {self.bm}×{self.bn}; use 128 or 256 rows, at most 32768 elements")
+        if self.bm not in (128, 192, 256) or self.bn not in (64, 128, 256) or self.bm * self.bn > 256 * 128:
+            raise InputError(f"no kernel has tiles of {self.bm}×{self.bn}; use 128, 192 or 256 rows, 32768 elements")
+        if self.bm == 192 and self.pair == "a":
+            raise InputError("a tile of 192 rows cannot be halved; pair on b")
         if self.shared_bytes > SHARED_LIMIT:
             raise InputError(f"{self.stages} stages need {self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT}")
 
@@ -63,13 +64,28 @@ class GemmSpec:
         return min(self.bn, 128)
 
     @property
+    def consumers(self) -> int:
+        """Warpgroups that multiply."""
+        return 3 if self.bm == 192 else 2
+
+    @property
+    def a_rows(self) -> int:
+        """Rows of one copy of A; a block's dimensions are powers of two."""
+        return 64 if self.bm == 192 else self.bm // (1 + (self.pair == "a"))
+
+    @property
+    def staged_columns(self) -> int:
+        """Columns of one store buffer."""
+        return self.chunk if self.output == "bf16" else min(self.chunk, 64)
+
+    @property
     def stage_bytes(self) -> int:
         return (self.bm + self.bn) * 128
 
     @property
     def shared_bytes(self) -> int:
         """Ring, store buffers and barriers."""
-        staging = CONSUMERS * 64 * self.chunk * 2 if self.output == "bf16" else 0
+        staging = self.consumers * 64 * self.staged_columns * (2 if self.output == "bf16" else 4)
         return self.stages * (self.stage_bytes + 16) + staging + 512
 
     @property
@@ -97,13 +113,10 @@ def arguments(spec: GemmSpec) -> tuple[tuple[str, str | Descriptor], ...]:
     """Kernel arguments in order: name and Triton type, or the descriptor's block."""
     element = "fp8e4nv" if spec.scaled else "bf16"
     found: list[tuple[str, str | Descriptor]] = [
-        ("a_desc", Descriptor((spec.bm // (1 + (spec.pair == "a")), spec.block_k), element)),
+        ("a_desc", Descriptor((spec.a_rows, spec.block_k), element)),
         ("b_desc", Descriptor((spec.bn // (1 + (spec.pair == "b")), spec.block_k), element)),
     ]
-    if spec.output == "bf16":
-        found.append(("c_desc", Descriptor((64, spec.chunk), "bf16")))
-    else:
-        found.append(("c_ptr", "*fp32"))
+    found.append(("c_desc", Descriptor((64, spec.staged_columns), "bf16" if spec.output == "bf16" else "fp32")))
     if spec.scaled:
         found += [("a_scale", "*fp32"), ("b_scale", "*fp32")]
     if spec.grouped:
@@ -181,7 +194,13 @@ def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
             shape = f"[2 * STAGES, {half[name]}, BLOCK_K]"
             views.append(f"halves = {name}_ring._reinterpret({name}_desc.dtype, {shape}, {name}_desc.layout)")
             row, slot = f"{row} + rank * {half[name]}", "halves.index(2 * stage + rank)"
-        loads.append(f"    tma.async_copy_global_to_shared({name}_desc, [{row}, k], full.index(stage), {slot})")
+        copy = f"    tma.async_copy_global_to_shared({name}_desc, [{row}, k], full.index(stage), {slot})"
+        if name == "a" and spec.bm == 192:
+            views.append("parts = a_ring._reinterpret(a_desc.dtype, [3 * STAGES, 64, BLOCK_K], a_desc.layout)")
+            loads += [copy.replace("[row", f"[row + {64 * i}").replace(slot, f"parts.index(3 * stage + {i})")
+                      for i in range(3)]  # fmt: skip
+        else:
+            loads.append(copy)
     body = [
         "for block in range(0, blocks):",
         "    stage = filled % STAGES",
@@ -196,7 +215,7 @@ def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
 
 
 def _chunks(spec: GemmSpec) -> list[tuple[int, int]]:
-    rows = spec.bm // CONSUMERS // 64
+    rows = spec.bm // spec.consumers // 64
     return [(i, j) for i in range(rows) for j in range(spec.bn // spec.chunk)]
 
 
@@ -206,10 +225,10 @@ def _mainloop(spec: GemmSpec) -> list[str]:
     What is not arithmetic happens while an instruction runs: the previous stage is given back, the next one awaited,
     the next scales loaded. A scale is first touched a whole block after its load was issued.
     """
-    rows, columns, chunks = spec.bm // CONSUMERS // 64, spec.bn // spec.chunk, _chunks(spec)
+    rows, columns, chunks = spec.bm // spec.consumers // 64, spec.bn // spec.chunk, _chunks(spec)
 
     def operands(i: int, j: int) -> str:
-        a = f"a_tile.slice(WORKER * {64 * rows} + {64 * i}, 64)"
+        a = f"a_tile.slice(WORKER * {64 * rows} + {64 * i}, 64)" if spec.bm != 192 else "a_tile"
         b = "b_tile" if columns == 1 else f"b_tile.slice({spec.chunk * j}, {spec.chunk})"
         return f"{a}, {b}.permute((1, 0))"
 
@@ -217,7 +236,8 @@ def _mainloop(spec: GemmSpec) -> list[str]:
     before, shadow = _scales(spec, rows, columns)
     lines += before
     lines.append("mbarrier.wait(full.index(used % STAGES), (used // STAGES) & 1, pred=blocks > 0)")
-    body = ["a_tile = a_ring.index(used % STAGES)", "b_tile = b_ring.index(used % STAGES)"]
+    a_slot = "3 * (used % STAGES) + WORKER" if spec.bm == 192 else "used % STAGES"
+    body = [f"a_tile = a_ring.index({a_slot})", "b_tile = b_ring.index(used % STAGES)"]
     give_back = "mbarrier.arrive(empty.index((used - 1) % STAGES), pred={0})"
     coming = "mbarrier.wait(full.index((used + 1) % STAGES), ((used + 1) // STAGES) & 1, pred=block + 1 < blocks)"
     names = ", ".join(f"acc_{i}_{j}" for i, j in chunks)
@@ -226,12 +246,12 @@ def _mainloop(spec: GemmSpec) -> list[str]:
             body.append(f"part = warpgroup_mma({operands(i, j)}, part, use_acc=False, is_async=True)")
             if (i, j) == chunks[0]:
                 body += [give_back.format("block > 0"), *shadow]
-            if spec.kind == "grouped_k":
-                body.append(f"scale_columns = gl.load(b_base + block * b_scale_stride + column_{j})")
             if (i, j) == chunks[-1]:
                 body.append(coming)
             body.append("part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))")
             body.append(_promote(spec, i, j))
+        if spec.kind == "grouped_k":
+            body.append("scale_columns += 4 * b_scale_stride")
     else:
         body += [f"acc_{i}_{j} = warpgroup_mma({operands(i, j)}, acc_{i}_{j}, is_async=True)" for i, j in chunks]
         body.append(f"{names} = warpgroup_mma_wait(num_outstanding={len(chunks)}, deps=({names},))")
@@ -247,7 +267,13 @@ def _mainloop(spec: GemmSpec) -> list[str]:
 # Volatile, so that no compiler moves them past the next matrix instruction: moved, two partial sums live at once and
 # the accumulators spill.
 FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
-SCALED_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
+# Four neighbours in registers are two rows of two columns: one load of two column scales serves them all.
+OUTER_FMA = (
+    '"{.reg .f32 u, v, w; ld.global.v2.f32 {u, v}, [$12]; '
+    + " ".join(f"mul.rn.f32 w, ${4 + n}, ${8 + n}; fma.rn.f32 ${n}, w, {'uv'[n % 2]}, ${16 + n};" for n in range(4))
+    + '}", "=f,=f,=f,=f,f,f,f,f,f,f,f,f,l,l,l,l,f,f,f,f"'
+)
+PREFETCH = '"prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l"'
 MUL = '"mul.rn.f32 $0, $1, $2;", "=f,f,f"'
 
 
@@ -255,7 +281,7 @@ def _promote(spec: GemmSpec, i: int, j: int) -> str:
     acc = f"acc_{i}_{j}"
     if spec.kind == "grouped_k":
         given = f"[part, scale_{i}_0[:, None], scale_columns[None, :], {acc}]"
-        return f"{acc} = gl.inline_asm_elementwise({SCALED_FMA}, {given}, gl.float32, False, 1)"
+        return f"{acc} = gl.inline_asm_elementwise({OUTER_FMA}, {given}, gl.float32, False, 4)"
     given = f"[part, scale_{i}_{j}[:, None], {acc}]"
     return f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)"
 
@@ -270,12 +296,14 @@ def _scales(spec: GemmSpec, rows: int, columns: int) -> tuple[list[str], list[st
     load = [f"next_a_{i} = gl.load(a_base + ahead * a_scale_stride + at_{i})" for i in range(rows)]
     if by_column:
         before += [
-            "a_base = a_scale + (start_k // 128) * a_scale_stride",
-            "b_base = b_scale + (start_k // 128) * b_scale_stride",
+            "first_scale = gl.minimum(start_k, K - 128) // 128",  # an empty last expert starts past the end
+            "a_base = a_scale + first_scale * a_scale_stride",
+            "b_base = b_scale + first_scale * b_scale_stride",
         ]
         before += [
-            f"column_{j} = gl.minimum(column + {spec.chunk * j} + gl.arange(0, {spec.chunk}, layout=COLUMNS), N - 1)"
-            for j in range(columns)
+            f"b_base += gl.minimum(column, (N - 1) // {spec.bn} * {spec.bn})",
+            f"soon = b_base + gl.arange(0, {spec.bn}, layout=gl.BlockedLayout([1], [32], [4], [0]))",
+            f"scale_columns = (b_base + gl.arange(0, {spec.bn}, layout=COLUMNS)).to(gl.int64)",
         ]
         form = [f"scale_{i}_0 = gl.inline_asm_elementwise({MUL}, [next_a_{i}, 1.0], gl.float32, False, 1)"
                 for i in range(rows)]  # fmt: skip
@@ -290,7 +318,13 @@ def _scales(spec: GemmSpec, rows: int, columns: int) -> tuple[list[str], list[st
         load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
         form = [f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, next_b_{j}], gl.float32, False, 1)"
                 for i in range(rows) for j in range(columns)]  # fmt: skip
-    return [*before, "ahead = 0", *load], [*form, "ahead = gl.minimum(block + 1, blocks - 1)", *load]
+    shadow = [*form, "ahead = gl.minimum(block + 1, blocks - 1)", *load]
+    if by_column:
+        # The column scales themselves are read from the first-level cache as they are used.
+        fetch = f"gl.inline_asm_elementwise({PREFETCH}, [soon + ahead * b_scale_stride], gl.int32, False, 1)"
+        before.append(fetch.replace("ahead * b_scale_stride", "0"))
+        shadow.append(fetch)
+    return [*before, "ahead = 0", *load], shadow
 
 
 def _store(spec: GemmSpec) -> list[str]:
@@ -302,33 +336,33 @@ def _store(spec: GemmSpec) -> list[str]:
             f"tile_column = column + {spec.chunk * j}",
             *spec.epilogue,
         ]
+        write: list[str] = []
         if spec.output == "bf16":
-            write = [
-                "tma.store_wait(pendings=0)",
-                "out.store(tile.to(gl.bfloat16))",
-                "fence_async_shared()",
-                "tma.async_copy_shared_to_global(c_desc, [tile_row, tile_column], out)",
-            ]
-            # A tile may reach past its expert's rows; those belong to the next expert.
-            if spec.kind == "grouped_rows":
-                write = ["if tile_row < stop:", *_indent(write, 1)]
+            parts = ["tile.to(gl.bfloat16)"]
+        elif spec.chunk == 64:
+            parts = ["tile"]
         else:
-            write = [
-                "rows = tile_row + gl.arange(0, 64, layout=ROWS)",
-                f"columns = tile_column + gl.arange(0, {spec.chunk}, layout=COLUMNS)",
-                "inside = (rows < M)[:, None] & (columns < N)[None, :]",
-                "at = c_ptr + " + ("expert.to(gl.int64) * M * N + " if spec.grouped else "")
-                + "(rows.to(gl.int64) * N)[:, None] + columns[None, :]",
-                "gl.store(at, gl.load(at, mask=inside) + tile, mask=inside)",
-            ]  # fmt: skip
+            here.append("left, right = tile.reshape([64, 2, 64]).permute(0, 2, 1).split()")
+            parts = ["left", "right"]
+        first_row = "expert * M + tile_row" if spec.kind == "grouped_k" else "tile_row"
+        for n, part in enumerate(parts):
+            at = f"tile_column + {n * spec.staged_columns}" if n else "tile_column"
+            write += [
+                "tma.store_wait(pendings=0)",
+                f"out.store({part})",
+                "fence_async_shared()",
+                f"tma.async_copy_shared_to_global(c_desc, [{first_row}, {at}], out)",
+            ]
+        # A tile may reach past its expert's rows; those belong to the next expert.
+        if spec.kind == "grouped_rows":
+            write = ["if tile_row < stop:", *_indent(write, 1)]
         lines += [*here, *write]
     return lines
 
 
 def _consumer(spec: GemmSpec, parameters: list[str]) -> list[str]:
     part = [f"part = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)"] if spec.scaled else []
-    my_row = f"my_row = row + WORKER * {spec.bm // CONSUMERS}"
-    tma_store = spec.output == "bf16"
+    my_row = f"my_row = row + WORKER * {spec.bm // spec.consumers}"
     head = ["@gluon.jit", f"def consumer(WORKER: gl.constexpr, {', '.join(parameters)}):"]
     layout = f"[3, 0], warps_per_cta=[4, 1], instr_shape=[16, {spec.chunk}, {32 if spec.scaled else 16}]"
     start = [
@@ -336,12 +370,11 @@ def _consumer(spec: GemmSpec, parameters: list[str]) -> list[str]:
         "ROWS: gl.constexpr = gl.SliceLayout(1, ACC)",
         "COLUMNS: gl.constexpr = gl.SliceLayout(0, ACC)",
         "used = 0",
-        *(["out = staging.index(WORKER)"] if tma_store else []),
+        "out = staging.index(WORKER)",
         *part,
     ]
-    end = ["tma.store_wait(pendings=0)"] if tma_store else []
     tiles = _tiles(spec, [my_row, *_mainloop(spec), *_store(spec)])
-    return [*head, *_indent([*start, *tiles, *end], 1)]
+    return [*head, *_indent([*start, *tiles, "tma.store_wait(pendings=0)"], 1)]
 
 
 def source(spec: GemmSpec) -> str:
@@ -349,19 +382,18 @@ def source(spec: GemmSpec) -> str:
     ring = ("full", "empty", "a_ring", "b_ring")
     scales = tuple(n for n, _ in arguments(spec) if "scale" in n)
     produce = _parameters(spec, ("a_desc", "b_desc", *ring))
-    out = ("c_desc", "staging") if spec.output == "bf16" else ("c_ptr",)
-    consume = _parameters(spec, (*out, *scales, *ring))
+    consume = _parameters(spec, ("c_desc", "staging", *scales, *ring))
     names = [name for name, _ in arguments(spec)]
+    a_ring = "3 * STAGES, 64" if spec.bm == 192 else f"STAGES, {spec.bm}"
+    element = "bfloat16" if spec.output == "bf16" else "float32"
+    staging = f"[{spec.consumers}, 64, {spec.staged_columns}]"
     shared = [
-        f"a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES, {spec.bm}, BLOCK_K], a_desc.layout)",
+        f"a_ring = gl.allocate_shared_memory(a_desc.dtype, [{a_ring}, BLOCK_K], a_desc.layout)",
         f"b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, {spec.bn}, BLOCK_K], b_desc.layout)",
         "full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
         "empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
     ]
-    if spec.output == "bf16":
-        shared.append(
-            f"staging = gl.allocate_shared_memory(gl.bfloat16, [{CONSUMERS}, 64, {spec.chunk}], c_desc.layout)"
-        )
+    shared.append(f"staging = gl.allocate_shared_memory(gl.{element}, {staging}, c_desc.layout)")
     lines = [
         f'"""{spec.name}: generated, one {spec.bm}×{spec.bn} tile per step of a persistent grid."""',
         "",
@@ -386,11 +418,11 @@ def source(spec: GemmSpec) -> str:
         *_indent(shared, 1),
         "    for i in gl.static_range(STAGES):",
         "        mbarrier.init(full.index(i), count=1)",
-        f"        mbarrier.init(empty.index(i), count={CONSUMERS * (2 if spec.pair else 1)})",
+        f"        mbarrier.init(empty.index(i), count={spec.consumers * (2 if spec.pair else 1)})",
         "    gl.warp_specialize([",
-        *[f"        (consumer, ({w}, {', '.join(consume)}))," for w in range(CONSUMERS)],
+        *[f"        (consumer, ({w}, {', '.join(consume)}))," for w in range(spec.consumers)],
         f"        (producer, ({', '.join(produce)})),",
-        "    ], [4, 1], [240, 24])",
+        "    ], [4, 1], [240, 24])" if spec.consumers == 2 else "    ], [4, 4, 1], [160, 160, 32])",
         "",
     ]
     return "\n".join(lines)

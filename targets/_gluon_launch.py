@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3c.errors import WorkError
 from dsv3c.targets._gluon_gemm import Descriptor, GemmSpec, arguments, source
-from dsv3c.targets._gluon_pair import assemble, paired
+from dsv3c.targets._gluon_ptx import adding, assemble, paired
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,12 @@ def build(spec: GemmSpec, folder: Path, text: str | None = None) -> Binary:
     kernel_source = GluonASTSource(fn=module.kernel, signature=signature, constexprs={}, attrs=aligned)
     compiled = triton.compile(kernel_source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS_AT_ENTRY})
     meta = compiled.metadata
-    cubin = assemble(paired(compiled.asm["ptx"])) if spec.pair else compiled.asm["cubin"]
+    ptx = compiled.asm["ptx"]
+    if spec.output == "accumulate_f32":
+        ptx = adding(ptx)
+    if spec.pair:
+        ptx = paired(ptx, copies=4 if spec.bm == 192 else 2, arrivals=2 * spec.consumers)
+    cubin = compiled.asm["cubin"] if ptx is compiled.asm["ptx"] else assemble(ptx)
     return Binary(cubin, meta.name, meta.shared, 32 * meta.num_warps, 2 if spec.pair else 1)
 
 

@@ -1,8 +1,9 @@
-"""Turn a compiled kernel into one whose blocks work in pairs: a cluster of two that shares a tile by TMA multicast.
+"""What Gluon cannot say, said in the PTX of a compiled kernel: blocks that share tiles in pairs, and adding stores.
 
-Gluon has no multicast before Triton 3.7, and no way to arrive at the other block's barrier in any version, so the
-generator writes the kernel as if each block were alone and this module edits its PTX: the first copy reaches both
-blocks, every "stage is empty" is told to both, and the pair meets once before it starts and once before it ends.
+`paired`: Gluon has no multicast before Triton 3.7, and no way to arrive at the other block's barrier in any version,
+so the generator writes the kernel as if each block were alone. Here the first copy reaches both blocks of a cluster,
+every "stage is empty" is told to both, and the pair meets once before it starts and once before it ends.
+`adding`: stores through TMA add to memory instead of overwriting it.
 """
 
 from __future__ import annotations
@@ -44,15 +45,26 @@ def _unknown(what: str) -> WorkError:
     return WorkError(f"This Triton version compiles the kernel to PTX of an unknown form ({what} not found).")
 
 
-def paired(ptx: str) -> str:
-    """The PTX of the kernel for clusters of two. Raises WorkError if Triton's output has another form than expected."""
+def adding(ptx: str) -> str:
+    """The PTX of a kernel whose TMA stores add float32 to memory. Every element is added to once, so bits repeat."""
+    store = "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group"
+    if store not in ptx:
+        raise _unknown("a store through TMA")
+    return ptx.replace(store, "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group")
+
+
+def paired(ptx: str, copies: int, arrivals: int) -> str:
+    """The PTX of the kernel for clusters of two. `copies` and `arrivals` are how many of each it must contain.
+
+    Raises WorkError if Triton's output has another form than expected.
+    """
     entry = _ENTRY.search(ptx)
     loads = _LOAD.findall(ptx)
-    if entry is None or len(loads) != 2:
-        raise _unknown("one branch by warp and two copies")
-    ptx, arrivals = _ARRIVE.subn(_arrive_at_both, ptx)
-    if arrivals != 4:
-        raise _unknown("two arrivals per consumer")
+    if entry is None or len(loads) != copies:
+        raise _unknown("one branch by warp and its copies")
+    ptx, found = _ARRIVE.subn(_arrive_at_both, ptx)
+    if found != arrivals:
+        raise _unknown("the consumers' arrivals")
     multicast = r"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
     ptx = _LOAD.sub(lambda m: f"{multicast} {m[1]}, both;", ptx, count=1)
     # Worker warps pass their dispatch loop twice: before their work and after it. They release registers first,
