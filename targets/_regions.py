@@ -153,6 +153,8 @@ class _Composer:
             if known.shared:
                 kind = "prefix" if kind == "row" else kind
             return self._operand(node, v, known, kind)
+        if known.kind == "column":
+            raise IRError(f"{self.graph.name}: {node.op} reads {v} as {kind}, which needs all rows first")
         expected = "row" if kind in ("row", "prefix") else kind
         if known.kind != expected or (kind == "prefix" and self._space_of(v) != self.space):
             reason = f"reads {v} as {kind}, but the region computes it as {known.kind}"

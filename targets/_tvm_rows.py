@@ -78,14 +78,22 @@ def _indented(lines: list[str]) -> list[str]:
     return ["    " + line for line in lines]
 
 
+def _vectors(dtype: str, lanes: int) -> str:
+    """The name of the vectors of one type."""
+    return f"{dtype[0]}{dtype.lstrip('abcdefghijklmnopqrstuvwxyz')}x{lanes}"
+
+
+def _lane(lanes: int) -> str:
+    return "v" if lanes > 1 else "0"
+
+
 class _Generator:
     def __init__(self, program: RegionProgram, entry: str) -> None:
         self.program, self.entry = program, entry
         self.wide = tir.STORAGE[program.wide]
         self.lanes = 8 if self.wide == "float64" else 16
         self.stages: Stages = plan_stages(program)
-        self.locals: list[str] = []
-        self.names = 0
+        self.vectors: dict[tuple[str, int], int] = {}
         self.buffers: dict[Row, str] = {}
         for row in self.stages.kept:
             self._place(row)
@@ -106,19 +114,30 @@ class _Generator:
                 if all(t < u or (t == u and a and b) for t, a in reads for u, b in writes):
                     yield i, k
 
-    def _local(self, letter: str, size: int, dtype: str) -> str:
-        """Declare memory of a chunk's own. One vector stays on the stack, where LLVM makes it a register."""
-        name = f"{letter}{self.names}"
-        self.names += 1
-        place = ', annotations={"disable_lower_builtin": True}' if size <= self.lanes else ""
-        self.locals.append(f'{name} = T.alloc_buffer(({size},), "{dtype}", scope="local"{place})')
-        return name
+    def _vector(self, lanes: int, dtype: str) -> str:
+        """A new vector of a chunk's own, as `f32x16[3`, to be closed by its lane."""
+        number = self.vectors.setdefault((dtype, lanes), 0)
+        self.vectors[dtype, lanes] = number + 1
+        return f"{_vectors(dtype, lanes)}[{number}"
+
+    def _memory(self) -> list[str]:
+        """Declare what a chunk needs. Vectors stay on the stack, where LLVM makes each a register."""
+        stack = ', annotations={"disable_lower_builtin": True}'
+        lines = [
+            f'{_vectors(dtype, lanes)} = T.alloc_buffer(({number}, {lanes}), "{dtype}", scope="local"{stack})'
+            for (dtype, lanes), number in self.vectors.items()
+        ]
+        for row, name in self.buffers.items():
+            lines.append(f'{name} = T.alloc_buffer(({row.cols},), "{self.wide}", scope="local")')
+        self.vectors = {}
+        self.buffers = {}
+        return lines
 
     def text(self) -> str:
         body = self._row_body()
         rows = ["for i in T.serial(T.int64(0), inner):", *_indented(body)]
         chunk = [
-            *self.locals,
+            *self._memory(),
             *self._clear_partials(),
             "for r in T.serial(T.int64(0), T.min(step, outer - chunk * step)):",
             "    o: T.let = chunk * step + r",
@@ -188,7 +207,6 @@ class _Generator:
         for k, r in self._columns():
             total: list[str] = []
             final: list[str] = []
-            known = len(self.locals)
             for start, lanes, count in _segments(r.cols, self.lanes):
                 at = self._column(start, lanes)
                 scope = _Scope([], lanes)
@@ -198,10 +216,8 @@ class _Generator:
                 more = f"partial{k}[{at}] = partial{k}[{at}] + partial{k}[c * T.int64({r.cols}) + {at}]"
                 total += self._loops(lanes, count, [more])
                 final += self._loops(lanes, count, scope.lines)
-            lines += self.locals[known:]
-            del self.locals[known:]
             lines += ["for c in T.serial(T.int64(1), (outer + step - T.int64(1)) // step):", *_indented(total), *final]
-        return lines
+        return [*self._memory(), *lines]
 
     def _loops(self, lanes: int, count: int, body: list[str]) -> list[str]:
         if lanes > 1:
@@ -216,8 +232,7 @@ class _Generator:
 
     def _let(self, scope: _Scope, text: str, dtype: str = "") -> str:
         """Compute `text` in `scope`. A buffer and not a binding: TVM expands bindings into trees when it analyses."""
-        name = self._local("t", scope.lanes, dtype or self.wide)
-        named = f"{name}[{'v' if scope.lanes > 1 else '0'}]"
+        named = f"{self._vector(scope.lanes, dtype or self.wide)}, {_lane(scope.lanes)}]"
         scope.lines.append(f"{named} = {text}")
         return named
 
@@ -258,9 +273,9 @@ class _Generator:
             for task in loop.tasks:
                 if isinstance(task, Reduce):
                     value = self._value(task.x, scope)
-                    slot = self._local("a", lanes, self.wide)
+                    slot = self._vector(lanes, self.wide)
                     slots.setdefault(task, []).append((slot, lanes))
-                    at = f"{slot}[{'v' if lanes > 1 else '0'}]"
+                    at = f"{slot}, {_lane(lanes)}]"
                     scope.lines.append(f"{at} = {self._reduced(task, at, value)}")
             # All reads of a column come before its stores, so that a result may overwrite an operand.
             stores = [self._store(task, scope) for task in loop.tasks if isinstance(task, Store)]
@@ -283,7 +298,7 @@ class _Generator:
     def _place(self, row: Row) -> str:
         """The row-local buffer of a value that is kept."""
         if row not in self.buffers:
-            self.buffers[row] = self._local("b", row.cols, self.wide)
+            self.buffers[row] = f"kept{len(self.buffers)}"
         return self.buffers[row]
 
     def _start(self, slots: dict[Reduce, list[tuple[str, int]]]) -> list[str]:
@@ -291,8 +306,8 @@ class _Generator:
         for task, places in slots.items():
             first = tir.number(0.0 if task.function == "sum" else float("-inf"), self.wide)
             for slot, lanes in places:
-                vector = [f"for v in T.vectorized(T.int64(0), T.int64({lanes})):", f"    {slot}[v] = {first}"]
-                lines += vector if lanes > 1 else [f"{slot}[0] = {first}"]
+                vector = [f"for v in T.vectorized(T.int64(0), T.int64({lanes})):", f"    {slot}, v] = {first}"]
+                lines += vector if lanes > 1 else [f"{slot}, 0] = {first}"]
         return lines
 
     def _reduced(self, task: Reduce, x: str, y: str) -> str:
@@ -300,7 +315,7 @@ class _Generator:
 
     def _horizontal(self, task: Reduce, places: list[tuple[str, int]], scope: _Scope) -> str:
         """The lanes of all accumulators as one number, pair by pair."""
-        parts = [f"{slot}[{lane}]" for slot, lanes in places for lane in range(lanes)]
+        parts = [f"{slot}, {lane}]" for slot, lanes in places for lane in range(lanes)]
         while len(parts) > 1:
             half = (len(parts) + 1) // 2
             joined = [self._let(scope, self._reduced(task, a, b)) for a, b in zip(parts, parts[half:], strict=False)]
@@ -369,7 +384,7 @@ class _Generator:
 
     def _named(self, text: str, scope: _Scope) -> str:
         """A name for `text`, which may be a constant."""
-        return text if text.startswith("t") else self._let(scope, text)
+        return self._let(scope, text) if text.startswith("T.") else text
 
 
 def _affine(column: str, a: int, b: int) -> str:
