@@ -123,7 +123,7 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
         )
     if document_end is not None and not 0 <= document_end < config.vocab_size:
         raise InputError(f"--document-end {document_end} is not a token of the model's {config.vocab_size}")
-    if expert_headroom < 1:
+    if not 1 <= expert_headroom < float("inf"):
         raise InputError(f"--expert-headroom {expert_headroom} must be at least 1, the balanced load")
     return Job(kind, target.name, chosen, length, micro_batch, batch, axes, ranks_per_node, schedule, expert_headroom,
                kernels, implementations, allow_oversize, document_end, recipe or Recipe())  # fmt: skip
@@ -132,7 +132,7 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = 2.0**-4, 2.0**10, 10
 """Milliseconds per GiB between which `settle_price` searches, and by how many halvings of their ratio."""
 
-OVERSIZE_PRICE = 4.0
+OVERSIZE_PRICE = 3.6
 """The price where no price makes the plan fit and `--allow-oversize` wants one all the same: norms, up-projections
 and activation functions are computed again and attention is not, which costs a few percent of the time."""
 

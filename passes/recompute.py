@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,6 +14,7 @@ from dsv3c.ir import Graph, Node, Phase, Type, Value
 from dsv3c.op import Registry
 from dsv3c.passes.cut import hoisted_inputs
 from dsv3c.passes.differentiate import JOINT
+from dsv3c.passes.fuse import hands_rows, is_rowwise
 from dsv3c.rewrite import fresh, is_view, place_of, pure
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.target import Machine
@@ -69,7 +70,7 @@ class Recompute(Pass):
         for node in graph.nodes:
             names = [v.name for v in node.outputs if v.name in again]
             if names:
-                time = f"{times.seconds(node) * 1e6:.1f} µs"
+                time = f"{times.seconds(node, handed_over(node, graph, times.registry), again) * 1e6:.1f} µs"
                 note("recomputed", f"{name}.{place_of(node)}", f"{node.op} gives {', '.join(names)} again in {time}")
         kept = (base_of(v, graph, times.registry) for v in needed_values(new))
         for v in dict.fromkeys(kept):
@@ -110,28 +111,47 @@ class Times:
     sizes: Mapping[str, int]
     machine: Machine
 
-    def seconds(self, node: Node) -> float:
-        """Time of one node; a view takes none."""
+    def seconds(self, node: Node, handed: tuple[Value, ...] = (), fused: Collection[str] = ()) -> float:
+        """Time of one node; a view takes none.
+
+        Of the inputs `handed`, which row-wise producers hand over, those called `fused` are made in the same kernel:
+        they are not read from memory, and if the first is among them no kernel starts.
+        """
         op = self.registry[node.op]
         if op.view:
             return 0.0
         inputs, outputs = (tuple(Type(v.type.dtype, v.type.bound(self.sizes)) for v in values)
                            for values in (node.inputs, node.outputs))  # fmt: skip
         cost = op.cost(inputs, outputs, **dict(node.attrs))
-        rate = self.machine.matrix_rate(node.inputs[0].type.dtype)
+        own = max(0, bind(cost.bytes, {}) - sum(v.type.bytes(self.sizes) for v in handed))
         parts = (
-            bind(cost.flops, {}) / rate,
+            bind(cost.flops, {}) / self.machine.matrix_rate(node.inputs[0].type.dtype),
             bind(cost.vector_flops, {}) / self.machine.vector_flops,
-            bind(cost.bytes, {}) / self.machine.memory_bandwidth,
+            own / self.machine.memory_bandwidth,
         )
-        return max(parts) + self.machine.latency
+        start = 0.0 if handed and handed[0].name in fused else self.machine.latency
+        return max(parts) + start + sum(self.reading(v) for v in handed if v.name not in fused)
+
+    def reading(self, v: Value) -> float:
+        """Time to read `v` from memory."""
+        return v.type.bytes(self.sizes) / self.machine.memory_bandwidth
+
+
+def handed_over(node: Node, graph: Graph, registry: Registry) -> tuple[Value, ...]:
+    """The inputs that `node` gets row by row from a row-wise producer, with which it can be one kernel (see `fuse`)."""
+    if not is_rowwise(node, registry) or registry[node.op].view:
+        return ()
+    makers = [(v, graph.producers.get(v.name)) for v in dict.fromkeys(node.inputs)]
+    return tuple(v for v, m in makers if m and is_rowwise(m, registry) and not registry[m.op].view
+                 and hands_rows(m, v, node, registry))  # fmt: skip
 
 
 def cheapest(graph: Graph, times: Times, price: float, free: frozenset[str] = frozenset()) -> set[str]:
     """Names of the forward values to compute again. `price` is in seconds per byte kept; `free` inputs cost nothing.
 
     In the network, `need v` is on the source side if backward needs v at hand, `again n` if node n runs a second time.
-    Cutting `need v` from the node that makes v means to keep v; cutting `again n` from the sink, to run n again.
+    Cutting `need v` from the node that makes v means to keep v; cutting `again n` from the sink, to run n again;
+    cutting it from a producer that it could be one kernel with, to run n again without it.
     """
     registry, infinite = times.registry, float("inf")
     network = networkx.DiGraph()
@@ -154,7 +174,13 @@ def cheapest(graph: Graph, times: Times, price: float, free: frozenset[str] = fr
         for v in node.outputs:
             network.add_edge(("need", v.name), again, capacity=keep(v))
         if again != "sink":
-            network.add_edge(again, "sink", capacity=round(times.seconds(node) * UNITS))
+            handed = handed_over(node, graph, registry)
+            together = times.seconds(node, handed, {v.name for v in handed})
+            network.add_edge(again, "sink", capacity=round(together * UNITS))
+            for v in handed:
+                alone = times.reading(v) + (times.machine.latency if v is handed[0] else 0.0)
+                with_it = ("again", graph.producers[v.name].outputs[0].name)
+                network.add_edge(again, with_it, capacity=round(alone * UNITS))
             for v in node.inputs:
                 needs(again, v)
     if "source" not in network:
