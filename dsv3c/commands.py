@@ -249,18 +249,18 @@ def verify(a: argparse.Namespace) -> int:
     if a.length < 2:
         raise InputError("--length 1: the loss needs at least 2 tokens")
     from dsv3c import driver
-    from dsv3c.models.config import load_config
     from dsv3c.runtime import parity, reference
+    from dsv3c.runtime.hf import checkpoint_config
 
-    config = load_config(a.directory)
+    config = checkpoint_config(a.directory)
     if a.length > config.max_position_embeddings:
         raise InputError(f"--length {a.length} exceeds the model's {config.max_position_embeddings} positions")
     tokens = reference.sample_tokens(config.vocab_size, a.sequences, a.length, a.seed)
-    expected = parity.reference_run(a.directory, tokens, a.precision)
     plan = driver.compile(
-        a.directory, job="train", target="cpu", precision=a.precision, seq=a.length, micro_batch=a.sequences
+        config, job="train", target="cpu", precision=a.precision, seq=a.length, micro_batch=a.sequences
     )
-    certificate = parity.compare(driver.load(plan, weights=a.directory), expected)
+    session = driver.load(plan, weights=a.directory)  # first, since it names all that is wrong with a checkpoint
+    certificate = parity.compare(session, parity.reference_run(a.directory, tokens, a.precision))
     print(certificate.to_json() if a.json else certificate.render())
     return 0 if certificate.passed else 1
 

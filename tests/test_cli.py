@@ -477,16 +477,15 @@ def test_verify(passed: bool, fake: Fake, calls: Calls, monkeypatch: pytest.Monk
     fake("driver", compile="plan", load="session")
     fake("runtime.parity", reference_run="expected", compare=lambda *_: certificate)
     fake("runtime.reference", sample_tokens="tokens")
-    monkeypatch.setattr(
-        "dsv3c.models.config.load_config", lambda _: SimpleNamespace(vocab_size=7, max_position_embeddings=64)
-    )
+    config = SimpleNamespace(vocab_size=7, max_position_embeddings=64)
+    monkeypatch.setattr("dsv3c.runtime.hf.checkpoint_config", lambda _: config)
     assert cli.main(["verify", "d", "--precision", "fp64", "--length", "5"]) == (0 if passed else 1)
     assert capsys.readouterr().out == "PAGE\n"
     assert calls == [
         ("sample_tokens", (7, 2, 5, 0), {}),
-        ("reference_run", ("d", "tokens", "fp64"), {}),
-        ("compile", ("d",), {"job": "train", "target": "cpu", "precision": "fp64", "seq": 5, "micro_batch": 2}),
+        ("compile", (config,), {"job": "train", "target": "cpu", "precision": "fp64", "seq": 5, "micro_batch": 2}),
         ("load", ("plan",), {"weights": "d"}),
+        ("reference_run", ("d", "tokens", "fp64"), {}),
         ("compare", ("session", "expected"), {}),
     ]
     cli.main(["verify", "d", "--json"])

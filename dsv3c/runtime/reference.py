@@ -124,7 +124,7 @@ def load_reference(hf_dir: Path, dtype: str) -> Any:
             local_files_only=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise InputError(f"transformers cannot load {hf_dir}: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
