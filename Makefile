@@ -16,7 +16,7 @@ demo: $(READY) ## train a small model on this machine's CPU
 	$(RUN) -m dsv3c.demo $(ARGS)
 
 test: $(READY) ## run every test that needs no GPU (ARGS='-k name' for some)
-	$(RUN) -m pytest -q -m 'not gpu' $(ARGS)
+	$(RUN) -m pytest -q -n auto --dist loadfile -m 'not gpu' $(ARGS)
 
 lint: $(READY) ## check the style (ruff) and the types (mypy)
 	$(RUN) -m ruff check .

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 # Read when torch is first imported, so it stands before any import that may bring torch in.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Beside other test workers each has one thread: spinning on each other's cores is slower than waiting.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 import hypothesis
 import pytest
