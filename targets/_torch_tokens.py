@@ -91,6 +91,31 @@ def cross_entropy_grad(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Te
     return run
 
 
+def choose_experts(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, k: int, groups: int,
+                   kept: int) -> Call:  # fmt: skip
+    """The best one k times over: a few passes where a stable sort takes milliseconds. Ties go to the lower index."""
+    (s, bias), (e,) = inputs, outputs
+    experts, chosen = s.shape[-1], e.view(-1, k)
+
+    def run() -> None:
+        scores = widened(0, s).reshape(-1, experts) + bias
+        if kept < groups:
+            grouped = scores.view(-1, groups, experts // groups)
+            best = grouped.topk(min(2, experts // groups), -1).values.sum(-1)
+            hidden = torch.ones_like(best, dtype=torch.bool)
+            for _ in range(kept):
+                group = best.argmax(-1, keepdim=True)
+                hidden.scatter_(-1, group, False)
+                best.scatter_(-1, group, float("-inf"))
+            grouped.masked_fill_(hidden.unsqueeze(-1), float("-inf"))
+        for j in range(k):
+            expert = scores.argmax(-1, keepdim=True)
+            chosen[:, j : j + 1].copy_(expert)
+            scores.scatter_(-1, expert, float("-inf"))
+
+    return run
+
+
 def permute(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
     (x, source, slot), (y,) = inputs, outputs
     k = slot.shape[1]
@@ -105,20 +130,21 @@ def permute(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...])
 
 
 def unpermute(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
+    """A sum of rows by index is what embedding_bag does; it would add bf16 in bf16, so that rows go in wide."""
     (y, slot, _source), (x,) = inputs, outputs
-    tokens, k = slot.shape
-    cols = y.shape[1]
 
     def run() -> None:
-        missing = (slot < 0).unsqueeze(-1)
-        some = bool(missing.any())
-        index = slot.clamp(min=0)
-        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-        for part in _chunks(tokens, cols * k):
-            rows = torch.index_select(y, 0, index[part].reshape(-1)).view(-1, k, cols)
-            if some:
-                rows.masked_fill_(missing[part], 0)
-            x[part].copy_(rows.sum(1, dtype=wide))
+        rows = widened(0, y)
+        missing = slot < 0
+        if not bool(missing.any()):
+            x.copy_(torch.nn.functional.embedding_bag(slot, rows, mode="sum"))
+            return
+        part = scratch(1, tuple(x.shape), rows.dtype)
+        total = scratch(2, tuple(x.shape), rows.dtype).zero_()
+        for j in range(slot.shape[1]):
+            torch.index_select(rows, 0, slot[:, j].clamp(min=0), out=part)
+            total.add_(part.masked_fill_(missing[:, j : j + 1], 0))
+        x.copy_(total)
 
     return run
 
@@ -159,6 +185,7 @@ TOKENS = (
     Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
     Implementation("cross_entropy", cross_entropy),
     Implementation("cross_entropy_grad", cross_entropy_grad),
+    Implementation("choose_experts", choose_experts),
     Implementation("permute", permute),
     Implementation("unpermute", unpermute),
     Implementation("permute_weights", permute_weights),

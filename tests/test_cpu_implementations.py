@@ -156,6 +156,22 @@ def test_latent_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     same((made,), (right,), torch.float32, "latent_attention")
 
 
+TIES = [(16, 4, 2, 4), (64, 8, 4, 8), (12, 1, 1, 12), (9, 9, 5, 5)]
+
+
+@pytest.mark.parametrize(("experts", "groups", "kept", "k"), TIES)
+def test_ties_go_to_the_lower_expert(experts: int, groups: int, kept: int, k: int) -> None:
+    """Scores of few different values, with biases that make some negative."""
+    generator = torch.Generator().manual_seed(0)
+    s = torch.randint(0, 4, (300, experts), generator=generator) / 4.0
+    bias = torch.randint(-4, 4, (experts,), generator=generator) / 4.0
+    attrs = {"k": k, "groups": groups, "kept": kept}
+    made = torch.empty(300, k, dtype=torch.int32)
+    IMPLEMENTATIONS["choose_experts"].prepare((s, bias), (made,), **attrs)()
+    right = REGISTRY["choose_experts"].reference(s, bias, **attrs)
+    assert isinstance(right, torch.Tensor) and torch.equal(made, right)
+
+
 def test_strided_rows() -> None:
     """Products read slices of wider tensors, and tensors that have no row view, without being told."""
     generator = torch.Generator().manual_seed(0)
@@ -168,6 +184,22 @@ def test_strided_rows() -> None:
         dw = torch.empty(5, 7)
         IMPLEMENTATIONS["linear_wgrad"].prepare((y, x), (dw,))()
         same((dw,), (y.flatten(0, 1).t() @ x.flatten(0, 1),), torch.float32, "linear_wgrad")
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_bf16_products_with_and_without_the_instruction(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsv3c.targets import _torch_matrix
+
+    monkeypatch.setattr(_torch_matrix, "multiplies_bf16", lambda: native)
+    generator = torch.Generator().manual_seed(0)
+    for rows in (3, 40):
+        x, dy = (torch.randn(rows, n, generator=generator).bfloat16() for n in (24, 32))
+        w = torch.randn(32, 24, generator=generator).bfloat16()
+        y, dx = torch.empty(rows, 32, dtype=torch.bfloat16), torch.empty(rows, 24, dtype=torch.bfloat16)
+        IMPLEMENTATIONS["linear"].prepare((x, w), (y,))()
+        IMPLEMENTATIONS["linear_dgrad"].prepare((dy, w), (dx,))()
+        same((y,), ((x.float() @ w.float().t()).bfloat16(),), torch.bfloat16, "linear")
+        same((dx,), ((dy.float() @ w.float()).bfloat16(),), torch.bfloat16, "linear_dgrad")
 
 
 def test_type_of_samples_is_honest() -> None:
