@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -37,7 +38,7 @@ def quantize(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def quantize_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w[N, K] -> e4m3 and scales [ceil(N/128), K/128]."""
-    n, k = w.shape
+    n = w.shape[0]
     padded = torch.nn.functional.pad(w.float(), (0, 0, 0, -n % 128)).unflatten(0, (-1, 128)).unflatten(-1, (-1, 128))
     scale = padded.abs().amax((1, 3)).clamp_min(1e-12) / 448
     return (padded / scale[:, None, :, None]).flatten(2).flatten(0, 1)[:n].to(E4M3).contiguous(), scale.contiguous()
@@ -89,6 +90,10 @@ class Case:
     peer: Run | None
 
 
+def _given(**values: torch.Tensor | int) -> dict[str, torch.Tensor | int]:
+    return values
+
+
 def dense_case(m: int, n: int, k: int) -> Case:
     a, a_scale = quantize(torch.randn(m, k, device="cuda"))
     b, b_scale = quantize_blocks(torch.randn(n, k, device="cuda"))
@@ -98,7 +103,7 @@ def dense_case(m: int, n: int, k: int) -> Case:
     room = torch.ones(b_scale.shape[0], -(-blocks // 4) * 4, device="cuda")
     room[:, :blocks] = b_scale
     theirs = lambda: torch._scaled_mm(a, b.t(), a_scale.t(), room.t()[:blocks], out_dtype=torch.bfloat16)  # noqa: E731
-    values = dict(a_desc=a, b_desc=b, c_desc=c, a_scale=a_scale, b_scale=b_scale, M=m, N=n, K=k, a_scale_stride=m)
+    values = _given(a_desc=a, b_desc=b, c_desc=c, a_scale=a_scale, b_scale=b_scale, M=m, N=n, K=k, a_scale_stride=m)
     return Case(f"dense_e4m3/{m}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, lambda: (theirs(), None)[1])
 
 
@@ -107,7 +112,7 @@ def dense_bf16_case(m: int, n: int, k: int) -> Case:
     b = torch.randn(n, k, device="cuda").bfloat16()
     c = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
     theirs = torch.empty_like(c)
-    values = dict(a_desc=a, b_desc=b, c_desc=c, M=m, N=n, K=k)
+    values = _given(a_desc=a, b_desc=b, c_desc=c, M=m, N=n, K=k)
     peer = lambda: (torch.mm(a, b.t(), out=theirs), None)[1]  # noqa: E731
     return Case(f"dense_bf16/{m}x{n}x{k}", 2.0 * m * n * k, values, c, a.float() @ b.float().t(), None, peer)
 
@@ -127,9 +132,9 @@ def rows_case(groups: int, each: int, n: int, k: int, spread: float = 0.0) -> Ca
     c = torch.full((m, n), float("nan"), device="cuda", dtype=torch.bfloat16)
     wide = dequantize(a, a_scale)
     wanted = torch.cat([wide[i:j] @ dequantize_blocks(*packed[e]).t()
-                        for e, (i, j) in enumerate(zip(ends, ends[1:], strict=False))])  # fmt: skip
+                        for e, (i, j) in enumerate(itertools.pairwise(ends))])  # fmt: skip
     offsets = torch.tensor(ends, device="cuda", dtype=torch.int32)
-    values = dict(a_desc=a, b_desc=torch.stack([q for q, _ in packed]), c_desc=c, a_scale=a_scale,
+    values = _given(a_desc=a, b_desc=torch.stack([q for q, _ in packed]), c_desc=c, a_scale=a_scale,
                   b_scale=torch.cat([s for _, s in packed]), offsets=offsets, experts=groups, M=m, N=n, K=k,
                   a_scale_stride=m)  # fmt: skip
     return Case(f"grouped_rows_e4m3/{groups}x{each}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, None)
@@ -143,10 +148,10 @@ def columns_case(groups: int, each: int, n: int, k: int, spread: float = 0.2) ->
     before = torch.randn(groups, n, k, device="cuda")
     wide_a, wide_b = dequantize(a, a_scale), dequantize(b, b_scale)
     wanted = torch.stack([before[e] + wide_a[:, i:j] @ wide_b[:, i:j].t()
-                          for e, (i, j) in enumerate(zip(ends, ends[1:], strict=False))])  # fmt: skip
+                          for e, (i, j) in enumerate(itertools.pairwise(ends))])  # fmt: skip
     offsets = torch.tensor(ends, device="cuda", dtype=torch.int32)
     out = before.clone()
-    values = dict(a_desc=a, b_desc=b, c_desc=out, a_scale=a_scale, b_scale=b_scale, offsets=offsets, experts=groups,
+    values = _given(a_desc=a, b_desc=b, c_desc=out, a_scale=a_scale, b_scale=b_scale, offsets=offsets, experts=groups,
                   M=n, N=k, K=rows, a_scale_stride=n, b_scale_stride=k)  # fmt: skip
     return Case(f"grouped_k_e4m3/{groups}x{each}x{n}x{k}", 2.0 * rows * n * k, values, out, wanted, before, None)
 
@@ -206,7 +211,7 @@ def measure(plan: Plan, binaries: dict[GemmSpec, Binary | str], units: int, roun
         if isinstance(binary, str):
             print(f"{case.name} {label}: {binary}")
             continue
-        run = load(spec, binary).bind(units, case.values)
+        run = load(spec, binary).bind(units, **case.values)
         if case.before is None:
             case.out.fill_(float("nan"))
         else:

@@ -26,13 +26,15 @@ SCALE_BLOCK = 128
 class GemmSpec:
     """One kernel: C[M, N] = A[M, K] · B[N, K] transposed, both operands contiguous along K.
 
-    `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e]; each offset is a multiple of
-    64. `grouped_k`: C[e] += A[:, offsets[e]:offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128.
-    `e4m3` operands carry float32 scales: A 1×128 as [K/128, >= M]; B 128×128 as [N/128, K/128], but for
-    `grouped_k` 1×128 as A, where rows of B's are padded to a multiple of `bn`. `bm`, `bn`: the tile of one block; `stages`: ring depth; `raster`: how many tile rows are
-    swept together, for reuse in L2. `pair`: two neighbouring blocks form a cluster and share their tile of this operand,
-    each fetching half of it for both: a third less traffic from L2. `epilogue`: lines of Gluon that rebind `tile`, the float32 [64, chunk]
-    accumulator at (`row`, `column`), before it is stored.
+    `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e] of B[experts, N, K]; offsets are
+    multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] += A[:, offsets[e]:
+    offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128, an empty group adds nothing.
+    `e4m3` operands carry float32 scales: A one per 1×128, stored [K/128, a_scale_stride]; B one per 128×128, stored
+    [N/128, K/128], but for `grouped_k` as A's, with b_scale_stride a multiple of `bn`.
+    `bm`, `bn`: the tile of one block. `stages`: depth of the ring. `raster`: how many tile rows are swept together,
+    for reuse in L2. `pair`: two neighbouring blocks form a cluster and share their tile of this operand, each
+    fetching half of it for both. `epilogue`: lines of Gluon that rebind `tile`, the float32 [64, chunk] accumulator
+    at (`tile_row`, `tile_column`), before it is stored; `ROWS` and `COLUMNS` are the layouts of its axes.
     """
 
     kind: Kind
@@ -51,7 +53,9 @@ class GemmSpec:
         if self.bm == 192 and self.pair == "a":
             raise InputError("a tile of 192 rows cannot be halved; pair on b")
         if self.shared_bytes > SHARED_LIMIT:
-            raise InputError(f"{self.stages} stages need {self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT}")
+            raise InputError(
+                f"{self.stages} stages need {self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT}"
+            )
 
     @property
     def block_k(self) -> int:

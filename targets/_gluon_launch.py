@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 WARPS_AT_ENTRY = 4
-MULTIPLES_OF_16 = ("K", "N")
+MULTIPLES_OF_16 = ("K", "N", "b_scale_stride")
 """Integer arguments that callers promise to be multiples of 16."""
 
 
@@ -73,7 +73,7 @@ def build(spec: GemmSpec, folder: Path, text: str | None = None) -> Binary:
     given = arguments(spec)
     signature = {n: _layout_text(t) if isinstance(t, Descriptor) else t for n, t in given}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(given)
-               if n in MULTIPLES_OF_16 or isinstance(t, str) and t.startswith("*")}  # fmt: skip
+               if n in MULTIPLES_OF_16 or (isinstance(t, str) and t.startswith("*"))}  # fmt: skip
     kernel_source = GluonASTSource(fn=module.kernel, signature=signature, constexprs={}, attrs=aligned)
     compiled = triton.compile(kernel_source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS_AT_ENTRY})
     meta = compiled.metadata
@@ -135,7 +135,12 @@ _CLUSTER_DIMENSION = 4
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute holding a cluster shape; its union is 64 bytes."""
 
-    _fields_ = (("id", ctypes.c_uint), ("pad", ctypes.c_uint), ("shape", ctypes.c_uint * 3), ("rest", ctypes.c_uint * 13))
+    _fields_ = (
+        ("id", ctypes.c_uint),
+        ("pad", ctypes.c_uint),
+        ("shape", ctypes.c_uint * 3),
+        ("rest", ctypes.c_uint * 13),
+    )
 
 
 class _Config(ctypes.Structure):
@@ -160,7 +165,7 @@ class Loaded:
         # Attribute 8: the most dynamic shared memory a block may ask for.
         _check(driver.cuFuncSetAttribute(self.function, 8, ctypes.c_int(binary.shared)), "cuFuncSetAttribute")
 
-    def bind(self, units: int, values: dict[str, torch.Tensor | int]) -> Callable[[], None]:
+    def bind(self, units: int, **values: torch.Tensor | int) -> Callable[[], None]:
         """A launch on `units` SMs in torch's current stream. Tensors are kept alive by the function returned."""
         import torch
 
@@ -193,7 +198,7 @@ class Loaded:
 
 
 def load(spec: GemmSpec, binary: Binary) -> Loaded:
-    """Load a compiled kernel of `spec` on the current device. Raises WorkError without a driver or on other hardware."""
+    """Load a compiled kernel of `spec` on the current device. WorkError: no driver, or other hardware."""
     import torch
 
     torch.cuda.current_stream()  # makes torch's context the current one
