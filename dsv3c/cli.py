@@ -148,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     _generate(command("generate", "continue a prompt"))
     _verify(command("verify", "compare a checkpoint's logits, gradients and expert choices with transformers"))
     export = command("export", "write a trained model for other programs")
-    export.add_argument("directory", metavar="DIR", help="what 'dsv3c train --out' wrote")
+    export.add_argument("directory", metavar="DIR", help="what 'dsv3c train --out' wrote, or a checkpoint")
     export.add_argument("--format", required=True, choices=("hf",), help="hf: a Hugging Face checkpoint")
     export.add_argument("-o", "--out", required=True, metavar="OUT", help="the directory to write")
     return parser
@@ -157,24 +157,41 @@ def build_parser() -> argparse.ArgumentParser:
 def _pipeline_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("--print-after", metavar="NAME|all", help="print the program after this pass, or after every one")
     p.add_argument("--dump", metavar="DIR", help="write the program before and after every pass to DIR/NN-NAME.ir")
-    p.add_argument("--stop-after", metavar="NAME", help="leave out the passes behind this one")
+    p.add_argument(
+        "--stop-after", metavar="NAME", help="leave out the passes behind this one; compile then writes no plan"
+    )
 
 
 def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--job", choices=JOBS, help="what the plan is for (default train)")
     p.add_argument("--target", metavar="NAME", help="the machine, see 'dsv3c list targets' (default cpu)")
-    p.add_argument("--mesh", metavar="AXES", help="ranks by axis, for example pp=16,dp=128,ep=64 (default one rank)")
-    p.add_argument("--ranks-per-node", type=_count, metavar="N", help="ranks that share the fast link (default 8)")
-    p.add_argument("--seq", type=_count, metavar="N", help="tokens in a sequence")
+    p.add_argument(
+        "--mesh",
+        metavar="AXES",
+        help="ranks by axis, for example pp=16,dp=128,ep=64 (default one; recorded only, so far)",
+    )
+    p.add_argument(
+        "--ranks-per-node",
+        type=_count,
+        metavar="N",
+        help="ranks that share the fast link (default 8; recorded only, so far)",
+    )
+    p.add_argument(
+        "--seq", type=_count, metavar="N", help="tokens in a sequence (default what the model takes, at most 4096)"
+    )
     p.add_argument("--micro-batch", type=_count, metavar="N", help="sequences at a time (default 1)")
     p.add_argument("--global-batch", type=_count, metavar="N", help="sequences in a step (default micro-batch x dp)")
     p.add_argument("--precision", choices=PRECISIONS, help="of the arithmetic (default fp32 on cpu, fp8 on Hopper)")
-    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto)")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto; recorded only, so far)")
     p.add_argument("--expert-headroom", type=_real, metavar="X",
-                   help="expert buffers as a multiple of balanced load (default 1.5)")  # fmt: skip
+                   help="expert buffers as a multiple of balanced load (default 1.5; recorded only, so far)")  # fmt: skip
     p.add_argument("--kernels", choices=KERNELS, help="how far kernels are made (default binary)")
-    p.add_argument("--implementations", choices=IMPLEMENTATIONS, help="which kind an op runs on (default auto)")
+    p.add_argument(
+        "--implementations",
+        choices=IMPLEMENTATIONS,
+        help="which kind an op runs on (default auto; recorded only, so far)",
+    )
     p.add_argument("--document-end", type=_seed, metavar="TOKEN",
                    help="the token between packed documents, if attention must not cross it")  # fmt: skip
     p.add_argument("-p", "--passes", metavar="PIPELINE", help="passes to run instead of the job's own: 'a,b{k=1}'")
@@ -202,7 +219,12 @@ def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("--init", metavar="HF_DIR", help="start from this checkpoint instead of random weights")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out, if there is one")
     p.add_argument("--seed", type=_seed, default=0, metavar="N", help="of initial weights and data order (default 0)")
-    p.add_argument("--save-every", type=_count, metavar="N", help="steps between checkpoints")
+    p.add_argument(
+        "--save-every",
+        type=_count,
+        metavar="N",
+        help="steps between checkpoints (default a tenth of all, at most 1000)",
+    )
     p.add_argument("--lr", type=_real, metavar="X", help="peak learning rate (default the plan's)")
     p.add_argument("--tokenizer", metavar="FILE|bytes",
                    help="a tokenizer.json, or raw bytes (default byte-level BPE trained on the data)")  # fmt: skip
@@ -218,7 +240,8 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--temperature", type=_real, default=0.0, metavar="X", help="0 takes the likeliest (default 0)")
     p.add_argument("--top-p", type=_real, default=1.0, metavar="X", help="sample from so much probability (default 1)")
     p.add_argument("--stop", metavar="TEXT", help="end before this text")
-    p.add_argument("--seed", type=_seed, default=0, metavar="N", help="of sampling (default 0)")
+    p.add_argument("--seed", type=_seed, default=0, metavar="N",
+                   help="of sampling, and of the weights of a plan without --weights (default 0)")  # fmt: skip
     p.add_argument("--tokenizer", metavar="FILE|bytes", help="instead of the one beside the weights")
 
 

@@ -49,7 +49,7 @@ def compile(a: argparse.Namespace) -> int:
     else:
         plan.save(path)
         if not a.json:
-            print(_overview(plan))
+            print(_overview(plan, SHOWN_KERNELS))
             tell(f"wrote {path} ({size(Path(path).stat().st_size)})")
     if a.json:
         write_json({**summary(plan), "file": None if a.stop_after is not None else str(path)})
@@ -283,8 +283,12 @@ def _target(name: str) -> Target:
     return find(name)
 
 
-def _overview(plan: Plan) -> str:
-    """A plan on one screen."""
+SHOWN_KERNELS = 5
+"""How many missing kernels `dsv3c compile` names; `dsv3c inspect` names all."""
+
+
+def _overview(plan: Plan, shown: int | None = None) -> str:
+    """A plan on one screen; `shown`: how many missing kernels are named, None for all."""
     job, memory = plan.job, plan.memory
     batch = f"{job.global_batch} x {job.seq} tokens a step, micro-batches of {job.micro_batch}"
     facts = [
@@ -303,7 +307,9 @@ def _overview(plan: Plan) -> str:
         facts.append(("  missing", f"all {len(plan.missing_kernels)}, as --kernels none asks"))
     elif plan.missing_kernels:
         facts.append(("  missing", f"{len(plan.missing_kernels)}: the target has no generator for"))
-        facts += [("", name) for name in plan.missing_kernels]
+        facts += [("", name) for name in plan.missing_kernels[:shown]]
+        if shown is not None and (more := len(plan.missing_kernels) - shown) > 0:
+            facts.append(("", f"and {more} more, see 'dsv3c inspect'"))
     return table(facts)
 
 

@@ -112,7 +112,9 @@ def load_reference(hf_dir: Path, dtype: str) -> Any:
     if weights is not None:
         del config.quantization_config
     level = transformers.utils.logging.get_verbosity()
+    bar = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         model, report = transformers.DeepseekV3ForCausalLM.from_pretrained(
             None if weights is not None else str(hf_dir),
@@ -132,6 +134,8 @@ def load_reference(hf_dir: Path, dtype: str) -> Any:
         raise InputError(f"a safetensors file in {hf_dir} is damaged: {_first_line(error)}") from error
     finally:
         transformers.utils.logging.set_verbosity(level)
+        if bar:
+            transformers.utils.logging.enable_progress_bar()
     missing = sorted(report["missing_keys"])
     if missing:
         raise InputError(f"{hf_dir} lacks {len(missing)} tensors: {', '.join(missing[:5])}")
