@@ -169,13 +169,13 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--mesh",
         metavar="AXES",
-        help="ranks by axis, for example pp=16,dp=128,ep=64 (default one; recorded only, so far)",
+        help="ranks by axis, for example pp=16,dp=128,ep=64 (default one; only recorded yet)",
     )
     p.add_argument(
         "--ranks-per-node",
         type=_count,
         metavar="N",
-        help="ranks that share the fast link (default 8; recorded only, so far)",
+        help="ranks that share the fast link (default 8; only recorded yet)",
     )
     p.add_argument(
         "--seq", type=_count, metavar="N", help="tokens in a sequence (default what the model takes, at most 4096)"
@@ -183,14 +183,14 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--micro-batch", type=_count, metavar="N", help="sequences at a time (default 1)")
     p.add_argument("--global-batch", type=_count, metavar="N", help="sequences in a step (default micro-batch x dp)")
     p.add_argument("--precision", choices=PRECISIONS, help="of the arithmetic (default fp32 on cpu, fp8 on Hopper)")
-    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto; recorded only, so far)")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto; only recorded yet)")
     p.add_argument("--expert-headroom", type=_real, metavar="X",
-                   help="expert buffers as a multiple of balanced load (default 1.5; recorded only, so far)")  # fmt: skip
+                   help="expert buffers as a multiple of balanced load (default 1.5; only recorded yet)")  # fmt: skip
     p.add_argument("--kernels", choices=KERNELS, help="how far kernels are made (default binary)")
     p.add_argument(
         "--implementations",
         choices=IMPLEMENTATIONS,
-        help="which kind an op runs on (default auto; recorded only, so far)",
+        help="which kind an op runs on (default auto; only recorded yet)",
     )
     p.add_argument("--document-end", type=_seed, metavar="TOKEN",
                    help="the token between packed documents, if attention must not cross it")  # fmt: skip
