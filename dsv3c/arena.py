@@ -24,6 +24,14 @@ ALIGNMENT = 256
 """Bytes; a multiple of every cache line, vector and TMA alignment."""
 
 
+def show_bytes(count: int) -> str:
+    """A number of bytes for people."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """Bytes `offset ... offset+size` hold one tensor from step `start` to step `end`, both included."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout
+from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout, show_bytes
 from dsv3c.errors import InputError
 from dsv3c.ir import DType, Program, Sequence
 from dsv3c.state import Pass, State, TakeNote
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,14 @@ class PlanBuffers(Pass):
         allow = state.job.allow_oversize or not self.check
         if state.machine is not None and plan.peak.peak > state.machine.memory_bytes:
             table = memory_table(plan)
-            limit = f"{state.machine.memory_bytes / GIB:.1f} GiB"
+            limit = show_bytes(state.machine.memory_bytes)
             if not allow:
                 raise InputError(
-                    f"this job needs {plan.peak.peak / GIB:.1f} GiB on a rank of {state.machine.name}, "
+                    f"this job needs {show_bytes(plan.peak.peak)} on a rank of {state.machine.name}, "
                     f"which has {limit}:\n{table}\nUse a larger --mesh, a smaller --micro-batch or --seq, "
                     "or --allow-oversize to plan it all the same."
                 )
-            note("oversize", "memory", f"{plan.peak.peak / GIB:.1f} GiB are needed, {limit} are there")
+            note("oversize", "memory", f"{show_bytes(plan.peak.peak)} are needed, {limit} are there")
         return state.but(buffers=plan)
 
 
@@ -98,4 +96,4 @@ def memory_table(plan: BufferPlan) -> str:
     """What the fullest rank holds, one line per kind."""
     rank = plan.peak
     kinds = ("weights", "gradients", "optimizer", "activations", "communication")
-    return "\n".join(f"{kind}: {getattr(rank, kind) / GIB:.2f} GiB" for kind in kinds)
+    return "\n".join(f"{kind}: {show_bytes(getattr(rank, kind))}" for kind in kinds)

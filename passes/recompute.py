@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import networkx
 
+from dsv3c.arena import show_bytes
 from dsv3c.dims import bind
 from dsv3c.errors import InputError
 from dsv3c.ir import Graph, Node, Phase, Type, Value
@@ -78,20 +79,12 @@ class Recompute(Pass):
             if maker is None or v.name in free:
                 continue
             size = v.type.bytes(times.sizes)
-            cost = f"{v.name}, {shown(size)}, costs {size / GIB * self.price * 1e3:.1f} µs at this price"
+            cost = f"{v.name}, {show_bytes(size)}, costs {size / GIB * self.price * 1e3:.1f} µs at this price"
             if not pure(maker, times.registry):
                 note("saved", f"{name}.{place_of(maker)}", f"{cost}; {maker.op} is not done twice")
             else:
                 seconds = times.seconds(maker)
                 note("saved", f"{name}.{place_of(maker)}", f"{cost}; {maker.op} alone takes {seconds * 1e6:.1f} µs")
-
-
-def shown(count: int) -> str:
-    """A number of bytes for people."""
-    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.1f} {name}"
-    return f"{count} bytes"
 
 
 def needed_values(graph: Graph) -> tuple[Value, ...]:
