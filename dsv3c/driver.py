@@ -188,7 +188,7 @@ def generate_kernels(program: Program, target: Target, job: Job) -> tuple[tuple[
             missing.append(name)
         else:
             made.append(kernel)
-    return tuple(made), tuple(missing)
+    return tuple(sorted(made, key=lambda k: k.id)), tuple(missing)
 
 
 def _choice(flag: str, value: str, known: tuple[str, ...]) -> None:

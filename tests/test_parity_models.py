@@ -188,3 +188,31 @@ def test_documents_are_kept_apart_only_if_asked() -> None:
 
     assert second_document_moves(None)
     assert not second_document_moves(1)
+
+
+def test_a_decode_plan_saves_the_model_it_holds(tmp_path: Path) -> None:
+    plan = dsv3c.compile("deepseek-v3-tiny:num_hidden_layers=2", job="decode", seq=8)
+    session = dsv3c.load(plan, seed=3)
+    session.save_hf(tmp_path / "hf")
+    tokens = torch.randint(2048, (1, 8), generator=torch.Generator().manual_seed(1))
+    again = dsv3c.load(plan, weights=tmp_path / "hf")
+    assert torch.equal(session.forward(tokens), again.forward(tokens))
+
+
+def test_the_cache_holds_latents_and_nothing_else() -> None:
+    """Rank + rotary numbers per token and layer, and decoding from it equals running everything again."""
+    session = random_session(2, 0, seq=8)
+    tokens = torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(2))
+    new = session.generate(tokens, max_new_tokens=6)
+    cache = session.cache(2, 8 + 6)
+    config = session.config
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    numbers = sum(t.numel() for t in cache.values())
+    assert numbers == 2 * (8 + 6) * width * config.num_hidden_layers
+    assert sum(t.untyped_storage().nbytes() for t in cache.values()) == numbers * 8
+    decoding = {n for s in session.program.sequences if s.name == "decode" for n in s.inputs}
+    assert decoding - set(cache) == {"tokens", "start"}
+    so_far = tokens
+    for i in range(6):
+        so_far = torch.cat((so_far, session.forward(so_far)[:, -1:].argmax(-1)), 1)
+        assert torch.equal(so_far[:, 8:], new[:, : i + 1])
