@@ -51,7 +51,7 @@ class Session:
         self.program = plan.program
         self.config = ModelConfig.from_dict(plan.config, where=f"the plan of {plan.model}")
         if self.program.name not in MODELS:
-            raise InputError(f"{plan.model} is of the family '{self.program.name}', which is unknown here; register it")
+            raise InputError(f"{plan.model} is of the unknown family '{self.program.name}'; name its --plugin")
         self.family = MODELS[self.program.name]
         self.target: Target = find(plan.target)
         if self.target.device is None:
@@ -68,6 +68,7 @@ class Session:
         self.weights = Weights(self.program, self.device)
         self.recipe: Recipe = plan.job.recipe
         self.steps = 0
+        self._generation = 0  # which `stream` the caches belong to
         if weights is None:
             self.weights.initialize(seed, self.family.parts)
         else:
@@ -104,13 +105,18 @@ class Session:
 
     def stream(self, tokens: torch.Tensor, max_new_tokens: int = 64, temperature: float = 0.0, top_p: float = 1.0,
                stop: int | tuple[int, ...] | None = None, seed: int = 0) -> Iterator[torch.Tensor]:  # fmt: skip
-        """As `generate`, one column [B] at a time, as soon as it is known. A row that met `stop` repeats it."""
+        """As `generate`, one column [B] at a time, as soon as it is known. A row that met `stop` repeats it.
+
+        A session has one stream at a time: InputError if it is asked on after another began or the weights changed.
+        """
         batch, length = self._check(tokens, extra=max_new_tokens)
         sampling = Sampling(temperature, top_p, seed)
         stops = torch.tensor((stop,) if isinstance(stop, int) else stop or (), dtype=torch.long)
         if max_new_tokens < 1:
             return
         capacity = length + max_new_tokens
+        self._generation += 1
+        generation = self._generation
         prefill = self._runner("prefill", batch, length, capacity)
         self._prologue()
         prefill.values["tokens"].copy_(tokens)
@@ -123,6 +129,8 @@ class Session:
         for i in range(1, max_new_tokens):
             if bool(done.all()):
                 return
+            if generation != self._generation:
+                raise InputError("a stream goes on after another began or a step was made; load a session for each")
             decode.values["tokens"].copy_(column.view(batch, 1))
             decode.values["start"].fill_(length + i - 1)
             decode.run()
@@ -169,6 +177,7 @@ class Session:
         self.steps += 1
         rate = self.recipe.lr if lr is None else lr
         norm = self._update(rate)
+        self._generation += 1
         by_layer = self._update_biases(loads)
         self._stale = True
         values = {name: float(t) for name, t in totals.items()}
