@@ -57,18 +57,22 @@ def program_kernel(program: RegionProgram, signature: tuple[str, ...] = (), bina
 
 
 def load_kernel(kernel: Kernel) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]:
-    """`prepare(inputs, outputs)` of a kernel; compiles it first if only its source was kept."""
+    """`prepare(inputs, outputs)` of a kernel. Its code is loaded when first used, and compiled first if only its
+    source was kept."""
     launch = dict(kernel.launch)
-    entry = str(launch["entry"])
-    if kernel.has_binary:
-        data = kernel.file("ll")
-    else:
-        data = compile_text(kernel.file("tir.py").decode(), entry, str(launch["cpu"]))
-    function = load_text(data, entry)
     operands = tuple(map(_parse, str(launch["operands"]).split()))
     results = tuple(map(_parse, str(launch["results"]).split()))
     in_place = frozenset((int(i), int(k)) for i, k in (p.split(":") for p in str(launch["in_place"]).split()))
+    function = functools.cache(functools.partial(_function, kernel))
     return _Loaded(kernel.op, function, operands, results, in_place).prepare
+
+
+def _function(kernel: Kernel) -> Callable[..., object]:
+    launch = dict(kernel.launch)
+    entry = str(launch["entry"])
+    if kernel.has_binary:
+        return load_text(kernel.file("ll"), entry)
+    return load_text(compile_text(kernel.file("tir.py").decode(), entry, str(launch["cpu"])), entry)
 
 
 def _parse(text: str) -> RegionOperand:
@@ -79,7 +83,7 @@ def _parse(text: str) -> RegionOperand:
 class _Loaded:
     """A loaded kernel and what its arguments look like."""
 
-    def __init__(self, name: str, function: Callable[..., object], operands: tuple[RegionOperand, ...],
+    def __init__(self, name: str, function: Callable[[], Callable[..., object]], operands: tuple[RegionOperand, ...],
                  results: tuple[RegionOperand, ...], in_place: frozenset[tuple[int, int]]) -> None:  # fmt: skip
         self.name, self.function = name, function
         self.operands, self.results, self.in_place = operands, results, in_place
@@ -125,7 +129,7 @@ class _Loaded:
     def _call(self, arguments: list[torch.Tensor], before: list[Call], after: list[Call]) -> Callable[[], None]:
         import tvm_ffi
 
-        run = functools.partial(self.function, *(tvm_ffi.from_dlpack(_as_bits(t)) for t in arguments))
+        run = functools.partial(self.function(), *(tvm_ffi.from_dlpack(_as_bits(t)) for t in arguments))
         if not before and not after:
             return run  # type: ignore[return-value]
 
