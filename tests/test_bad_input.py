@@ -358,6 +358,16 @@ def test_a_single_token_has_nothing_to_predict(session: Session) -> None:
             call(one)
 
 
+def test_a_session_has_one_stream_at_a_time(session: Session) -> None:
+    tokens = torch.arange(8).view(1, 8)
+    for other in (lambda: session.generate(tokens, 4), lambda: session.step(tokens)):
+        stream = session.stream(tokens, 4)
+        next(stream)
+        other()
+        with pytest.raises(InputError, match="a stream goes on after another began or a step was made"):
+            next(stream)
+
+
 # ---- where results go -----------------------------------------------------------------------------------------------
 
 LIMITED = """
