@@ -22,7 +22,6 @@ else:
 UNARY = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "power_of_two_above")
 """`power_of_two_above(x)` is the smallest power of two that is at least x, for x > 0."""
 BINARY = ("add", "sub", "mul", "div", "max", "min", "less", "equal")
-REDUCE = ("sum", "max")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from dsv3c.build import Builder
-from dsv3c.ir import Graph, IRError, Phase, Program, Value
+from dsv3c.ir import Graph, IRError, Phase, Value
 from dsv3c.op import Registry
 from dsv3c.rewrite import ancestors, rename
 from dsv3c.state import Pass, State, TakeNote
@@ -120,8 +120,3 @@ def _finish(graph: Graph, b: Builder, gradients: dict[str, Value]) -> Graph:
         elif made & needed:
             nodes.append(replace(node, phase=Phase.B if made & backward else Phase.W))
     return rename(body.but(nodes=tuple(nodes)), names)
-
-
-def joint_of(program: Program, graph: str) -> Graph | None:
-    """The joint graph of the layer kind called `graph`, if it has one."""
-    return program.graph(graph + JOINT) if program.has_graph(graph + JOINT) else None
