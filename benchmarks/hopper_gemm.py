@@ -1,14 +1,16 @@
 """Matrix products on one Hopper GPU: generated kernels against cuBLASLt, checked against float32 before any timing.
 
-    python -m benchmarks.hopper_gemm [--cases dense,rows,columns,bf16] [--all] [--record]
+    python -m benchmarks.hopper_gemm [--cases dense,rows,columns,bf16,ablation] [--record]
 
-`--all` measures every candidate, not only the one the table below picks; `--record` appends to results.jsonl.
+`--record` appends the best candidate of each case, and its peer, to results.jsonl. `ablation` leaves stages of the
+kernel out, which makes its results wrong and its times an upper bound for what the other stages allow.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import record
-from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Output, Pair
+from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Output, Pair, source
 from dsv3c.targets._gluon_launch import Binary, build, load
 
 DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
@@ -167,13 +169,13 @@ class Plan:
 
 TILES: tuple[tuple[int, int, int, Pair], ...] = (
     (256, 128, 4, ""), (256, 128, 4, "a"), (256, 128, 4, "b"), (128, 256, 4, "a"), (128, 256, 4, "b"),
-    (192, 128, 4, ""), (192, 128, 4, "b"), (128, 128, 6, "b"),
+    (192, 128, 4, ""), (192, 128, 4, "b"), (128, 128, 5, "b"),
 )  # fmt: skip
 
 
 def _specs(kind: Kind, dtype: Element) -> tuple[GemmSpec, ...]:
     """The candidates: for column-scaled products without tiles of 256 columns, whose scales need registers."""
-    tiles = [t for t in TILES if kind != "grouped_k" or t[1] == 128]
+    tiles = [t for t in TILES if kind != "grouped_k" or dtype != "e4m3" or (t[0] != 192 and t[1] == 128)]
     if kind == "grouped_rows":
         tiles = [t for t in tiles if t[3] == "a" or t[0] == 192]
     output: Output = "accumulate_f32" if kind == "grouped_k" else "bf16"
@@ -193,6 +195,27 @@ def plans(cases: list[str]) -> list[Plan]:
     if "bf16" in cases:
         found += [Plan(lambda n=n, k=k: dense_bf16_case(4096, n, k), _specs("dense", "bf16"), 4e-3) for n, k in DENSE]
     return found
+
+
+def _ablated(job: tuple[GemmSpec, str]) -> Binary:
+    spec, left_out = job
+    text = source(spec)
+    if left_out != "nothing":
+        text = re.sub(r"^ *acc_\d_\d = gl.inline_asm.*\n", "", text, flags=re.MULTILINE)
+    if left_out == "multiplication":
+        text = re.sub(r"^ *part = warpgroup_mma.*\n", "", text, flags=re.MULTILINE)
+    return build(spec, Path(tempfile.gettempdir()) / "dsv3c_gemm", text)
+
+
+def ablation(units: int, rounds: int) -> None:
+    """How fast stages alone would be: the ring without arithmetic, the tensor cores without promotion."""
+    case = dense_case(4096, 7168, 16384)
+    for pair in ("", "b"):
+        spec = GemmSpec("dense", "e4m3", 128, 256, 4, pair=pair)  # type: ignore[arg-type]
+        names = ("nothing", "promotion", "multiplication")
+        runs = {n: load(spec, _ablated((spec, n))).bind(units, **case.values) for n in names}
+        rates = {n: case.flops / t / 1e9 for n, t in median_ms(runs, rounds).items()}
+        print(f"{spec.name} left out: " + "  ".join(f"{n} {rate:.0f}" for n, rate in rates.items()), flush=True)
 
 
 def _build(spec: GemmSpec) -> Binary | str:
@@ -252,6 +275,8 @@ def main() -> None:
         binaries = dict(zip(specs, pool.map(_build, specs), strict=True))
     units = given.units or torch.cuda.get_device_properties(0).multi_processor_count
     torch.manual_seed(1)
+    if "ablation" in given.cases.split(","):
+        ablation(units, given.rounds)
     for plan in todo:
         measure(plan, binaries, units, given.rounds, given.record)
         torch.cuda.empty_cache()

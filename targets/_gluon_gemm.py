@@ -30,7 +30,7 @@ class GemmSpec:
     multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] += A[:, offsets[e]:
     offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128, an empty group adds nothing.
     `e4m3` operands carry float32 scales: A one per 1×128, stored [K/128, a_scale_stride]; B one per 128×128, stored
-    [N/128, K/128], but for `grouped_k` as A's, with b_scale_stride a multiple of `bn`.
+    [N/128, K/128], but for `grouped_k` as A's, [K/128, b_scale_stride].
     `bm`, `bn`: the tile of one block. `stages`: depth of the ring. `raster`: how many tile rows are swept together,
     for reuse in L2. `pair`: two neighbouring blocks form a cluster and share their tile of this operand, each
     fetching half of it for both. `epilogue`: lines of Gluon that rebind `tile`, the float32 [64, chunk] accumulator
@@ -50,6 +50,10 @@ class GemmSpec:
     def __post_init__(self) -> None:
         if self.bm not in (128, 192, 256) or self.bn not in (64, 128, 256) or self.bm * self.bn > 256 * 128:
             raise InputError(f"no kernel has tiles of {self.bm}×{self.bn}; use 128, 192 or 256 rows, 32768 elements")
+        if self.bm == 192 and self.by_column:
+            raise InputError("column scales need tiles of 128 or 256 rows")
+        if self.bn == 256 and self.by_column:
+            raise InputError("column scales need tiles of at most 128 columns")
         if self.bm == 192 and self.pair == "a":
             raise InputError("a tile of 192 rows cannot be halved; pair on b")
         if self.shared_bytes > SHARED_LIMIT:
@@ -80,17 +84,17 @@ class GemmSpec:
     @property
     def staged_columns(self) -> int:
         """Columns of one store buffer."""
-        return self.chunk if self.output == "bf16" else min(self.chunk, 64)
+        return self.chunk if self.output == "bf16" else 32
 
     @property
     def stage_bytes(self) -> int:
-        return (self.bm + self.bn) * 128
+        return (self.bm + self.bn) * 128 + (4 * (self.bm + self.bn) if self.by_column else 0)
 
     @property
     def shared_bytes(self) -> int:
         """Ring, store buffers and barriers."""
         staging = self.consumers * 64 * self.staged_columns * (2 if self.output == "bf16" else 4)
-        return self.stages * (self.stage_bytes + 16) + staging + 512
+        return self.stages * (self.stage_bytes + 16) + staging + 64
 
     @property
     def name(self) -> str:
@@ -101,16 +105,22 @@ class GemmSpec:
         return self.dtype == "e4m3"
 
     @property
+    def by_column(self) -> bool:
+        """Whether every column of B has its own scale."""
+        return self.scaled and self.kind == "grouped_k"
+
+    @property
     def grouped(self) -> bool:
         return self.kind != "dense"
 
 
 @dataclass(frozen=True, slots=True)
 class Descriptor:
-    """A TMA descriptor argument: block shape and element type (Triton's name)."""
+    """A TMA descriptor argument: block shape, element type (Triton's name), whether shared memory is swizzled."""
 
     block: tuple[int, ...]
     element: str
+    swizzle: bool = True
 
 
 def arguments(spec: GemmSpec) -> tuple[tuple[str, str | Descriptor], ...]:
@@ -122,13 +132,14 @@ def arguments(spec: GemmSpec) -> tuple[tuple[str, str | Descriptor], ...]:
     ]
     found.append(("c_desc", Descriptor((64, spec.staged_columns), "bf16" if spec.output == "bf16" else "fp32")))
     if spec.scaled:
-        found += [("a_scale", "*fp32"), ("b_scale", "*fp32")]
+        for name, length in (("a_scale", spec.bm), ("b_scale", spec.bn)):
+            found.append((name, Descriptor((length,), "fp32", swizzle=False) if spec.by_column else "*fp32"))
     if spec.grouped:
         found += [("offsets", "*i32"), ("experts", "i32")]
     found += [("M", "i32"), ("N", "i32"), ("K", "i32")]
     if spec.scaled:
         found.append(("a_scale_stride", "i32"))
-        if spec.kind == "grouped_k":
+        if spec.by_column:
             found.append(("b_scale_stride", "i32"))
     return tuple(found)
 
@@ -205,6 +216,11 @@ def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
                       for i in range(3)]  # fmt: skip
         else:
             loads.append(copy)
+    if spec.by_column:
+        for name, first in (("a", "row"), ("b", "column")):
+            at = f"k // 128 * {name}_scale_stride + {first}"
+            slot = f"full.index(stage), {name}_scale_ring.index(stage)"
+            loads.append(f"    tma.async_copy_global_to_shared({name}_scale, [{at}], {slot})")
     body = [
         "for block in range(0, blocks):",
         "    stage = filled % STAGES",
@@ -250,12 +266,15 @@ def _mainloop(spec: GemmSpec) -> list[str]:
             body.append(f"part = warpgroup_mma({operands(i, j)}, part, use_acc=False, is_async=True)")
             if (i, j) == chunks[0]:
                 body += [give_back.format("block > 0"), *shadow]
+                if spec.by_column:
+                    body.append("scale_columns = b_scale_ring.index(used % STAGES).load(COLUMNS)")
+            if spec.by_column:
+                part = f".slice(WORKER * {64 * rows} + {64 * i}, 64)"
+                body.append(f"scale_{i}_0 = a_scale_ring.index(used % STAGES){part}.load(ROWS)")
             if (i, j) == chunks[-1]:
                 body.append(coming)
             body.append("part = warpgroup_mma_wait(num_outstanding=0, deps=(part,))")
             body.append(_promote(spec, i, j))
-        if spec.kind == "grouped_k":
-            body.append("scale_columns += 4 * b_scale_stride")
     else:
         body += [f"acc_{i}_{j} = warpgroup_mma({operands(i, j)}, acc_{i}_{j}, is_async=True)" for i, j in chunks]
         body.append(f"{names} = warpgroup_mma_wait(num_outstanding={len(chunks)}, deps=({names},))")
@@ -271,64 +290,38 @@ def _mainloop(spec: GemmSpec) -> list[str]:
 # Volatile, so that no compiler moves them past the next matrix instruction: moved, two partial sums live at once and
 # the accumulators spill.
 FMA = '"fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"'
-# Four neighbours in registers are two rows of two columns: one load of two column scales serves them all.
-OUTER_FMA = (
-    '"{.reg .f32 u, v, w; ld.global.v2.f32 {u, v}, [$12]; '
-    + " ".join(f"mul.rn.f32 w, ${4 + n}, ${8 + n}; fma.rn.f32 ${n}, w, {'uv'[n % 2]}, ${16 + n};" for n in range(4))
-    + '}", "=f,=f,=f,=f,f,f,f,f,f,f,f,f,l,l,l,l,f,f,f,f"'
-)
-PREFETCH = '"prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l"'
+OUTER_FMA = '"{.reg .f32 t; mul.rn.f32 t, $1, $2; fma.rn.f32 $0, t, $3, $4;}", "=f,f,f,f,f"'
 MUL = '"mul.rn.f32 $0, $1, $2;", "=f,f,f"'
 
 
 def _promote(spec: GemmSpec, i: int, j: int) -> str:
     acc = f"acc_{i}_{j}"
-    if spec.kind == "grouped_k":
+    if spec.by_column:
         given = f"[part, scale_{i}_0[:, None], scale_columns[None, :], {acc}]"
-        return f"{acc} = gl.inline_asm_elementwise({OUTER_FMA}, {given}, gl.float32, False, 4)"
+        return f"{acc} = gl.inline_asm_elementwise({OUTER_FMA}, {given}, gl.float32, False, 1)"
     given = f"[part, scale_{i}_{j}[:, None], {acc}]"
     return f"{acc} = gl.inline_asm_elementwise({FMA}, {given}, gl.float32, False, 1)"
 
 
 def _scales(spec: GemmSpec, rows: int, columns: int) -> tuple[list[str], list[str]]:
-    """Lines before the loop over K, and lines that form this block's scales and load the next block's."""
-    if not spec.scaled:
+    """Lines before the loop over K, and lines that form this block's scales and load the next block's.
+
+    Column scales, and the row scales beside them, come through the ring instead: registers are too few.
+    """
+    if not spec.scaled or spec.by_column:
         return [], []
-    by_column = spec.kind == "grouped_k"
-    last = "M - 1" if by_column else "stop - 1"
-    before = [f"at_{i} = gl.minimum(my_row + {64 * i} + gl.arange(0, 64, layout=ROWS), {last})" for i in range(rows)]
-    load = [f"next_a_{i} = gl.load(a_base + ahead * a_scale_stride + at_{i})" for i in range(rows)]
-    if by_column:
-        before += [
-            "first_scale = gl.minimum(start_k, K - 128) // 128",  # an empty last expert starts past the end
-            "a_base = a_scale + first_scale * a_scale_stride",
-            "b_base = b_scale + first_scale * b_scale_stride",
-        ]
-        before += [
-            f"b_base += gl.minimum(column, (N - 1) // {spec.bn} * {spec.bn})",
-            f"soon = b_base + gl.arange(0, {spec.bn}, layout=gl.BlockedLayout([1], [32], [4], [0]))",
-            f"scale_columns = (b_base + gl.arange(0, {spec.bn}, layout=COLUMNS)).to(gl.int64)",
-        ]
-        form = [f"scale_{i}_0 = gl.inline_asm_elementwise({MUL}, [next_a_{i}, 1.0], gl.float32, False, 1)"
-                for i in range(rows)]  # fmt: skip
-    else:
-        # Of a pair's tiles the last may lie wholly outside N; its results are dropped.
-        first = "expert * gl.cdiv(N, 128) + " if spec.grouped else ""
-        before.append("a_base = a_scale")
-        before += [
-            f"b_base_{j} = b_scale + ({first}gl.minimum(column // 128 + {j}, (N - 1) // 128)) * gl.cdiv(K, 128)"
-            for j in range(columns)
-        ]
-        load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
-        form = [f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, next_b_{j}], gl.float32, False, 1)"
-                for i in range(rows) for j in range(columns)]  # fmt: skip
-    shadow = [*form, "ahead = gl.minimum(block + 1, blocks - 1)", *load]
-    if by_column:
-        # The column scales themselves are read from the first-level cache as they are used.
-        fetch = f"gl.inline_asm_elementwise({PREFETCH}, [soon + ahead * b_scale_stride], gl.int32, False, 1)"
-        before.append(fetch.replace("ahead * b_scale_stride", "0"))
-        shadow.append(fetch)
-    return [*before, "ahead = 0", *load], shadow
+    # Of a pair's tiles the last may lie wholly outside N; its results are dropped.
+    first = "expert * gl.cdiv(N, 128) + " if spec.grouped else ""
+    before = [f"at_{i} = gl.minimum(my_row + {64 * i} + gl.arange(0, 64, layout=ROWS), stop - 1)" for i in range(rows)]
+    before += [
+        f"b_base_{j} = b_scale + ({first}gl.minimum(column // 128 + {j}, (N - 1) // 128)) * gl.cdiv(K, 128)"
+        for j in range(columns)
+    ]
+    load = [f"next_a_{i} = gl.load(a_scale + ahead * a_scale_stride + at_{i})" for i in range(rows)]
+    load += [f"next_b_{j} = gl.load(b_base_{j} + ahead)" for j in range(columns)]
+    form = [f"scale_{i}_{j} = gl.inline_asm_elementwise({MUL}, [next_a_{i}, next_b_{j}], gl.float32, False, 1)"
+            for i in range(rows) for j in range(columns)]  # fmt: skip
+    return [*before, "ahead = 0", *load], [*form, "ahead = gl.minimum(block + 1, blocks - 1)", *load]
 
 
 def _store(spec: GemmSpec) -> list[str]:
@@ -343,11 +336,12 @@ def _store(spec: GemmSpec) -> list[str]:
         write: list[str] = []
         if spec.output == "bf16":
             parts = ["tile.to(gl.bfloat16)"]
-        elif spec.chunk == 64:
-            parts = ["tile"]
         else:
-            here.append("left, right = tile.reshape([64, 2, 64]).permute(0, 2, 1).split()")
-            parts = ["left", "right"]
+            parts, width = ["tile"], spec.chunk
+            while width > spec.staged_columns:
+                width //= 2
+                here += [f"{n}_0, {n}_1 = {n}.reshape([64, 2, {width}]).permute(0, 2, 1).split()" for n in parts]
+                parts = [f"{n}_{half}" for n in parts for half in (0, 1)]
         first_row = "expert * M + tile_row" if spec.kind == "grouped_k" else "tile_row"
         for n, part in enumerate(parts):
             at = f"tile_column + {n * spec.staged_columns}" if n else "tile_column"
@@ -383,9 +377,12 @@ def _consumer(spec: GemmSpec, parameters: list[str]) -> list[str]:
 
 def source(spec: GemmSpec) -> str:
     """The kernel's whole source file; its entry point is `kernel`."""
-    ring = ("full", "empty", "a_ring", "b_ring")
     scales = tuple(n for n, _ in arguments(spec) if "scale" in n)
-    produce = _parameters(spec, ("a_desc", "b_desc", *ring))
+    ring: tuple[str, ...] = ("full", "empty", "a_ring", "b_ring")
+    copied: tuple[str, ...] = ("a_desc", "b_desc")
+    if spec.by_column:
+        ring, copied, scales = (*ring, "a_scale_ring", "b_scale_ring"), (*copied, *scales), ()
+    produce = _parameters(spec, (*copied, *ring))
     consume = _parameters(spec, ("c_desc", "staging", *scales, *ring))
     names = [name for name, _ in arguments(spec)]
     a_ring = "3 * STAGES, 64" if spec.bm == 192 else f"STAGES, {spec.bm}"
@@ -397,6 +394,9 @@ def source(spec: GemmSpec) -> str:
         "full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
         "empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
     ]
+    if spec.by_column:
+        shared += [f"{n}_scale_ring = gl.allocate_shared_memory(gl.float32, [STAGES, {length}], {n}_scale.layout)"
+                   for n, length in (("a", spec.bm), ("b", spec.bn))]  # fmt: skip
     shared.append(f"staging = gl.allocate_shared_memory(gl.{element}, {staging}, c_desc.layout)")
     lines = [
         f'"""{spec.name}: generated, one {spec.bm}×{spec.bn} tile per step of a persistent grid."""',

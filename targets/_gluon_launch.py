@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 WARPS_AT_ENTRY = 4
-MULTIPLES_OF_16 = ("K", "N", "b_scale_stride")
+MULTIPLES_OF_16 = ("K", "N")
 """Integer arguments that callers promise to be multiples of 16."""
 
 
@@ -43,7 +43,10 @@ def _layout_text(d: Descriptor) -> str:
     from triton.experimental.gluon import language as gl
 
     element = {"fp8e4nv": gl.float8e4nv, "bf16": gl.bfloat16, "fp32": gl.float32}[d.element]
-    layout = gl.NVMMASharedLayout.get_default_for(list(d.block), element)
+    if d.swizzle:
+        layout = gl.NVMMASharedLayout.get_default_for(list(d.block), element)
+    else:
+        layout = gl.NVMMASharedLayout(0, element.primitive_bitwidth, rank=len(d.block))
     return f"tensordesc<{d.element}{list(d.block)},{layout!r}>"
 
 
@@ -107,22 +110,22 @@ def _check(code: int, call: str) -> None:
 
 
 def _tensor_map(tensor: torch.Tensor, d: Descriptor) -> ctypes.Array[ctypes.c_uint64]:
-    """The 128 bytes of a TMA descriptor for a contiguous matrix, at an address that is a multiple of 64."""
+    """The 128 bytes of a TMA descriptor for a contiguous vector or matrix, at an address that is a multiple of 64."""
     room = (ctypes.c_uint64 * 24)()
     offset = -ctypes.addressof(room) % 64
-    rows, columns = tensor.shape
     size = _BYTES[d.element]
-    inner = min(d.block[1] * size, 128)
+    inner = min(d.block[-1] * size, 128) if d.swizzle else d.block[-1] * size
     box = (ctypes.c_uint32 * 2)(inner // size, d.block[0])
+    rows, columns = (1, tensor.numel()) if tensor.dim() == 1 else tensor.shape
     shape = (ctypes.c_uint64 * 2)(columns, rows)
-    stride = (ctypes.c_uint64 * 1)(tensor.stride(0) * size)
-    ones = (ctypes.c_uint32 * 2)(1, 1)
+    stride = (ctypes.c_uint64 * 1)(tensor.stride(0) * size if tensor.dim() == 2 else 0)
+    ones, rank = (ctypes.c_uint32 * 2)(1, 1), ctypes.c_uint32(tensor.dim())
     if tensor.data_ptr() % 16 or stride[0] % 16:
         raise WorkError("A matrix does not start or step at a multiple of 16 bytes, which TMA needs.")
     code = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(ctypes.addressof(room) + offset), ctypes.c_int(_TMA_ELEMENT[d.element]), ctypes.c_uint32(2),
+        ctypes.c_void_p(ctypes.addressof(room) + offset), ctypes.c_int(_TMA_ELEMENT[d.element]), rank,
         ctypes.c_void_p(tensor.data_ptr()), shape, stride, box, ones, ctypes.c_int(0),
-        ctypes.c_int(_SWIZZLE_BYTES[inner]), ctypes.c_int(2), ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLE_BYTES[inner] if d.swizzle else 0), ctypes.c_int(2), ctypes.c_int(0),
     )  # fmt: skip
     _check(code, "cuTensorMapEncodeTiled")
     aligned = (ctypes.c_uint64 * 16).from_buffer(room, offset)
@@ -174,7 +177,7 @@ class Loaded:
             value = values[name]
             if isinstance(kind, Descriptor):
                 assert isinstance(value, torch.Tensor)
-                matrix = value.flatten(0, -2)
+                matrix = value.flatten() if len(kind.block) == 1 else value.flatten(0, -2)
                 words.append(_tensor_map(matrix, kind))
                 words += [ctypes.c_int32(n) for n in matrix.shape] + [ctypes.c_int64(n) for n in matrix.stride()]
             elif isinstance(value, torch.Tensor):
