@@ -2,7 +2,7 @@
 
 A process either interprets or compiles: the variable TRITON_INTERPRET must be 1 before Triton is imported, so this is
 for a process of its own (`Worker`). Mended: conversions between float types (the interpreter rounds wrongly, and does
-not saturate), and reductions with a combining function of one's own (it goes number by number, in minutes).
+not saturate), reductions with a combining function of one's own (it goes number by number, in minutes), bounds of loops.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def module_of(source: str, name: str = "dsv3c_generated") -> ModuleType:
 def _mend() -> None:
     """Replace what is wrong in the interpreter of Triton 3.6 and 3.7."""
     import numpy as np
-    import triton.language as tl
     import triton.runtime.interpreter as interpreter
 
     types = {
@@ -92,7 +91,14 @@ def _mend() -> None:
     interpreter.ReduceOps.generic_reduce = lambda self, inputs: (
         reduce(self, inputs) if len(inputs) == 1 and self.axis is not None else plain(self, inputs)
     )
-    assert tl is not None
+    patch = interpreter._patch_lang_tensor
+
+    def patch_tensor(tensor: Any, scope: Any) -> None:
+        """Numbers as bounds of loops are arrays of one element, which NumPy 2 does not take for a number."""
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_tensor
 
 
 def _start(path: Sequence[str]) -> None:
