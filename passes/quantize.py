@@ -201,7 +201,8 @@ class _Quantizer:
             with self.b.at(node.path, Phase.B):
                 self.backward[first.name] = self.b.dequantize_tile(q, s, dtype=str(first.type.dtype))
                 self.backward[node.output.name] = self.b.swiglu(self.backward[first.name])
-            self.note("saved", where, f"{first} in E4M3; backward computes {node.output} again")
+            self.note("saved", where, f"{first} in E4M3")
+            self.note("recomputed", where, f"backward computes {node.output} again from it")
         elif node.op == "attention" and node.outputs[0].type.dtype is DType.bf16:
             o = node.outputs[0]
             with self.b.at(node.path, Phase.F):
