@@ -2,7 +2,7 @@
 
 A process either interprets or compiles: the variable TRITON_INTERPRET must be 1 before Triton is imported, so this is
 for a process of its own (`Worker`). Mended: conversions between float types (the interpreter rounds wrongly, and does
-not saturate), reductions with a combining function of one's own (it goes number by number, in minutes), bounds of loops.
+not saturate), reductions with a combining function of one's own (it goes number by number, in minutes), loop bounds.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -40,13 +42,14 @@ class Launch:
 
 
 def module_of(source: str, name: str = "dsv3c_generated") -> ModuleType:
-    """The module of generated Triton source, which must be a real file while it is imported and compiled."""
-    folder = Path(tempfile.mkdtemp(prefix="dsv3c-"))
-    path = folder / f"{name}.py"
+    """The module of generated Triton source, which must be a real file for as long as the module lives."""
+    folder = tempfile.mkdtemp(prefix="dsv3c-")
+    path = Path(folder) / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    weakref.finalize(module, shutil.rmtree, folder, ignore_errors=True)
     spec.loader.exec_module(module)
     return module
 

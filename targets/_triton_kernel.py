@@ -273,7 +273,7 @@ Start = Callable[[Launch, RegionLauncher, Bound], Call]
 def _from_binary(kernel: Kernel) -> Start:
     facts = dict(kernel.launch)
     entry = str(facts["entry"])
-    torch.cuda.current_stream()  # makes torch's context current
+    torch.empty(1, device="cuda")  # makes torch's context current
     loaded: dict[str, tuple[ctypes.c_void_p, int, int]] = {}
     for suffix in (f.suffix for f in kernel.files if f.suffix.endswith("cubin")):
         prefix = suffix.removesuffix("cubin")
