@@ -1,12 +1,17 @@
-"""NVIDIA Hopper: H100, H200 and the H800 of the report, which differ in memory and links only."""
+"""NVIDIA Hopper: H100, H200 and the H800 of the report, which differ in memory and links only. Row-wise regions are
+generated with Triton, matrix products with Gluon or done by cuBLASLt, attention by cuDNN."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
-from dsv3c.ir import DType, Graph
-from dsv3c.target import Kernel, Machine, Target
+from dsv3c.ir import DType
+from dsv3c.target import Machine, Target
+from dsv3c.targets._cuda_attention import ATTENTION
+from dsv3c.targets._cuda_fp8 import FP8
+from dsv3c.targets._cuda_matrix import MATRIX
+from dsv3c.targets._cuda_tokens import TOKENS
+from dsv3c.targets._triton_kernel import load_kernel, region_kernel
 
 GIB = 2**30
 
@@ -36,13 +41,18 @@ def expert_alignment(dtype: DType) -> int:
     return 128
 
 
-def generate(region: Graph, sizes: Mapping[str, int], kernels: str) -> Kernel | None:
-    """No generator covers a region yet: the plan names it as missing."""
-    return None
-
-
 def _hopper(machine: Machine, doc: str) -> Target:
-    return Target(machine.name, doc, machine, "fp8", None, expert_alignment, generate, {}, None)
+    return Target(
+        name=machine.name,
+        doc=doc,
+        machine=machine,
+        precision="fp8",
+        device="cuda",
+        expert_alignment=expert_alignment,
+        generate=region_kernel,
+        implementations={i.op: i for i in (*MATRIX, *FP8, *ATTENTION, *TOKENS)},
+        load=load_kernel,
+    )
 
 
 H800 = _hopper(H800_MACHINE, "NVIDIA H800: H100 arithmetic, NVLink at 400 GB/s, as in the report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,11 +11,15 @@ import torch
 
 from dsv3c import interp
 from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
+from dsv3c.errors import WorkError
 from dsv3c.ir import Graph, Layer, Node, Program, Sequence, Value
 from dsv3c.op import Registry
 from dsv3c.rewrite import is_view
 from dsv3c.target import Implementation, Target
 from dsv3c.tensors import torch_dtype
+
+PROFILE_HEAD_START = 200_000_000
+"""Cycles, about a tenth of a second, that a GPU waits while the calls of a profile are queued."""
 
 Call = Callable[[], None]
 Prepare = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Call]
@@ -107,7 +112,15 @@ class Memory:
 
     @classmethod
     def allocate(cls, size: int, device: str) -> Memory:
-        return cls(torch.empty(max(size, 1), dtype=torch.uint8, device=device))
+        """Raises WorkError if the device has not that much left."""
+        try:
+            return cls(torch.empty(max(size, 1), dtype=torch.uint8, device=device))
+        except torch.cuda.OutOfMemoryError as error:
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            raise WorkError(
+                f"the plan needs {size / 2**30:.1f} GiB more for activations and the GPU has {free:.1f} GiB free; "
+                "compile with a smaller --micro-batch or --seq"
+            ) from error
 
     def tensor(self, offset: int, v: Value, sizes: Mapping[str, int]) -> torch.Tensor:
         """The tensor of type `v.type` that begins at `offset`."""
@@ -137,6 +150,7 @@ class Runner:
     def __post_init__(self) -> None:
         self._first: list[Call] = []
         self._again: list[Call] = []
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def finish(self) -> Runner:
         self._first = [s.call for s in self.first]
@@ -145,19 +159,47 @@ class Runner:
 
     def run(self, accumulate: bool = False) -> None:
         """Execute once; weight gradients are overwritten, or with `accumulate` added to."""
+        graph = self._graphs.get(accumulate)
+        if graph is not None:
+            graph.replay()
+            return
         for call in self._again if accumulate else self._first:
             call()
+
+    def capture(self) -> None:
+        """Record both ways to run as CUDA graphs, which `run` then replays. The runner must have run before."""
+        for accumulate, calls in ((False, self._first), (True, self._again)):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+            self._graphs[accumulate] = graph
 
     def profile(self) -> dict[tuple[str, str], float]:
         """Execute once and give seconds by (op, path)."""
         spent: dict[tuple[str, str], float] = {}
-        for step in self.first:
-            begin = time.perf_counter()
-            step.call()
+        for step, seconds in zip(self.first, self._timed(), strict=True):
             name = str(step.node.attr("graph")) if step.node.op == "call" else step.node.op
             key = (name, f"{step.node.phase.value}:{step.node.path}")
-            spent[key] = spent.get(key, 0.0) + time.perf_counter() - begin
+            spent[key] = spent.get(key, 0.0) + seconds
         return spent
+
+    def _timed(self) -> list[float]:
+        """Seconds of each call of `first`: on a GPU by its own clock, work queued ahead so that it never waits."""
+        if not any(t.is_cuda for t in self.values.values()):
+            marks = [time.perf_counter()]
+            for step in self.first:
+                step.call()
+                marks.append(time.perf_counter())
+            return [b - a for a, b in itertools.pairwise(marks)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.first) + 1)]
+        torch.cuda._sleep(PROFILE_HEAD_START)
+        events[0].record()
+        for step, event in zip(self.first, events[1:], strict=True):
+            step.call()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
 def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],

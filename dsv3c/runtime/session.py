@@ -28,6 +28,11 @@ from dsv3c.tensors import torch_dtype
 LOSSES = ("main", "mtp", "balance")
 
 
+def _usable(device: str) -> bool:
+    """Whether this machine has the device: the CPU, or a GPU that runs code for Hopper."""
+    return device == "cpu" or (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0))
+
+
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step. Losses are means over the global batch; `expert_load` is tokens per expert by layer name;
@@ -54,8 +59,11 @@ class Session:
             raise InputError(f"{plan.model} is of the unknown family '{self.program.name}'; name its --plugin")
         self.family = MODELS[self.program.name]
         self.target: Target = find(plan.target)
-        if self.target.device is None:
-            raise InputError(f"a plan for {self.target.name} cannot run here; compile for --target cpu")
+        if self.target.device is None or not _usable(self.target.device):
+            raise InputError(
+                f"a plan for {self.target.name} cannot run here; compile for --target cpu"
+                + ("" if self.target.device is None else ", or run it where torch sees a Hopper GPU")
+            )
         if plan.job.mesh.world != 1:
             raise InputError(
                 f"a plan for {plan.job.mesh.world} ranks cannot run: many ranks are not executed yet; "
@@ -164,13 +172,13 @@ class Session:
         runner = self._runner("train", job.micro_batch, length)
         self._prologue()
         self._set_losses(runner, sequence, LOSSES, 1.0 / count)
-        totals = {name: torch.zeros(()) for name in sequence.losses}
+        totals = {name: torch.zeros((), device=self.device) for name in sequence.losses}
         loads: dict[str, torch.Tensor] = {}
-        for i, part in enumerate(tokens.split(job.micro_batch)):
+        for i, part in enumerate(tokens.to(self.device).split(job.micro_batch)):
             runner.values["tokens"].copy_(part)
             runner.run(accumulate=i > 0)
             for name in sequence.losses:
-                totals[name] = totals[name] + runner.values[name].double().cpu() / count
+                totals[name] = totals[name] + runner.values[name].double() / count
             for name in (n for n in sequence.results if n.startswith("load.")):
                 load = runner.values[name]
                 loads[name] = loads[name] + load if name in loads else load.clone()

@@ -1,0 +1,134 @@
+"""What happens per token on Hopper: embedding, loss, rows in the order of experts, the gradient norm; never waiting
+for the device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dsv3c.lazy import lazy
+from dsv3c.target import Implementation
+from dsv3c.targets._cuda_launch import Call, launch, scratch, width, words
+from dsv3c.targets._cuda_text import CROSS_ENTROPY, CROSS_ENTROPY_GRAD, EMBEDDING_WGRAD, PERMUTE, UNPERMUTE
+from dsv3c.targets._torch_tokens import embedding, permute_weights, unpermute_weights
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
+
+Tensors = tuple["torch.Tensor", ...]
+
+
+def embedding_wgrad(inputs: Tensors, outputs: Tensors, *, vocab: int, accumulate: bool = False) -> Call:
+    """Rows of one token are added in their order, so that bits repeat."""
+    (tokens, dy), (dw,) = inputs, outputs
+    count, cols = tokens.numel(), dw.shape[1]
+    sorted_tokens, order = (scratch(slot, (count,), torch.int64, dw.device) for slot in (20, 21))
+    rows = dy.view(-1, cols)
+    block = width(cols, 1024)
+    values = {"tokens": sorted_tokens, "order": order, "dy": rows, "dw": dw, "count": count, "cols": cols}
+    go = launch(EMBEDDING_WGRAD, "embedding_wgrad", (count, -(-cols // block)), values, BLOCK=block,
+                ADD=int(accumulate))  # fmt: skip
+
+    def run() -> None:
+        torch.sort(tokens.reshape(-1).long(), stable=True, out=(sorted_tokens, order))
+        if not accumulate:
+            dw.zero_()
+        go()
+
+    return run
+
+
+def cross_entropy(inputs: Tensors, outputs: Tensors) -> Call:
+    (logits, labels), (loss, lse) = inputs, outputs
+    vocab, count = logits.shape[-1], labels.numel()
+    part = scratch(22, (count,), torch.float32, logits.device)
+    values = {"logits": logits, "labels": labels, "lse": lse, "part": part, "vocab": vocab}
+    go = launch(CROSS_ENTROPY, "cross_entropy", (count,), values, BLOCK=width(vocab, 2048))
+
+    def run() -> None:
+        go()
+        loss.copy_(part.sum() / (labels >= 0).sum().clamp_(min=1))
+
+    return run
+
+
+def cross_entropy_grad(inputs: Tensors, outputs: Tensors) -> Call:
+    (dloss, logits, labels, lse), (dlogits,) = inputs, outputs
+    vocab, count = logits.shape[-1], labels.numel()
+    factor = scratch(23, (1,), torch.float32, logits.device)
+    block = width(vocab, 2048)
+    values = {"logits": logits, "labels": labels, "lse": lse, "factor": factor, "out": dlogits, "vocab": vocab}
+    go = launch(CROSS_ENTROPY_GRAD, "cross_entropy_grad", (count, -(-vocab // block)), values, BLOCK=block)
+
+    def run() -> None:
+        torch.div(dloss.view(1), (labels >= 0).sum().clamp_(min=1), out=factor)
+        go()
+
+    return run
+
+
+def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int) -> Call:
+    (e,), (offsets, slot, source) = inputs, outputs
+    count, rows = e.numel(), source.shape[0]
+    names = torch.arange(experts + 1, device=e.device)
+    places = torch.arange(count, device=e.device)
+    room = scratch(24, (rows + 1,), torch.int64, e.device)  # the last takes the choices of other ranks
+
+    def run() -> None:
+        flat = e.reshape(-1).long()
+        key, order = torch.sort(torch.where(flat < 0, experts, flat), stable=True)
+        first = torch.searchsorted(key, names)
+        size = first[1:] - first[:-1]
+        ends = ((size + align - 1) // align * align).cumsum(0)
+        offsets[0] = 0
+        offsets[1:].copy_(ends)
+        starts = torch.cat((ends.new_zeros(1), ends))
+        here = key < experts
+        row = torch.where(here, starts[key] + places - first[key], -1)
+        slot.view(-1).scatter_(0, order, row.to(slot.dtype))
+        room.fill_(-1)
+        room.scatter_(0, torch.where(here, row, rows), order)
+        source.copy_(room[:rows])
+
+    return run
+
+
+def permute(inputs: Tensors, outputs: Tensors) -> Call:
+    (x, source, slot), (y,) = inputs, outputs
+    from_, to = words(x), words(y)
+    block = width(to.shape[1], 2048)
+    values = {"x": from_, "source": source, "y": to, "words": to.shape[1], "choices": slot.shape[1]}
+    return launch(PERMUTE, "permute", (y.shape[0], -(-to.shape[1] // block)), values, BLOCK=block)
+
+
+def unpermute(inputs: Tensors, outputs: Tensors) -> Call:
+    (y, slot, _source), (x,) = inputs, outputs
+    cols = x.shape[1]
+    block = width(cols, 1024)
+    values = {"y": y, "slot": slot, "x": x, "cols": cols}
+    return launch(UNPERMUTE, "unpermute", (x.shape[0], -(-cols // block)), values, K=slot.shape[1], BLOCK=block)
+
+
+def sum_squares(inputs: Tensors, outputs: Tensors) -> Call:
+    (g,), (out,) = inputs, outputs
+
+    def run() -> None:
+        out.copy_(torch.linalg.vector_norm(g, dtype=out.dtype).square_())
+
+    return run
+
+
+TOKENS = (
+    Implementation("embedding", embedding),
+    Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
+    Implementation("cross_entropy", cross_entropy),
+    Implementation("cross_entropy_grad", cross_entropy_grad),
+    Implementation("sort_by_expert", sort_by_expert),
+    Implementation("permute", permute),
+    Implementation("unpermute", unpermute),
+    Implementation("permute_weights", permute_weights),
+    Implementation("unpermute_weights", unpermute_weights),
+    Implementation("sum_squares", sum_squares),
+)
+
