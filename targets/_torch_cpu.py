@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dsv3c.op import OpDef
 from dsv3c.ops import REGISTRY
 from dsv3c.target import Implementation
+from dsv3c.targets._small_batch import for_few_tokens
 from dsv3c.targets._torch_attention import ATTENTION
 from dsv3c.targets._torch_matrix import MATRIX
 from dsv3c.targets._torch_tokens import TOKENS
@@ -40,7 +41,7 @@ def by_reference(op: OpDef) -> Implementation:
 
 def _all() -> dict[str, Implementation]:
     chosen = {i.op: i for i in (*MATRIX, *ATTENTION, *TOKENS)}
-    return {op.name: chosen.get(op.name) or by_reference(op) for op in REGISTRY}
+    return {op.name: for_few_tokens(chosen.get(op.name) or by_reference(op)) for op in REGISTRY}
 
 
 IMPLEMENTATIONS: Mapping[str, Implementation] = _all()

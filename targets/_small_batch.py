@@ -1,0 +1,223 @@
+"""A few tokens at a time, as in decoding: the routing ops with numpy on the tensors' memory, products row by row.
+
+A torch call on ten numbers costs several microseconds and these ops would make hundreds of them for one token. The
+functions take a batch if it is small and of a type that numpy has; otherwise the general implementation serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+
+from dsv3c.ops.rotary import ROTARY_TABLE
+from dsv3c.target import Implementation
+
+Call = Callable[[], None]
+Tensors = tuple[torch.Tensor, ...]
+
+MOST_TOKENS = 4
+PLAIN = (torch.float32, torch.float64, torch.int32, torch.int64)
+
+
+def choose_experts(inputs: Tensors, outputs: Tensors, *, k: int, groups: int, kept: int) -> Call:
+    """Sorting is stable on the negated score, so that ties go to the lower index."""
+    (s, bias), (e,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    scores, chosen = s.reshape(-1, s.shape[-1]), e.reshape(-1, k)
+    size = scores.shape[1] // groups
+
+    def run() -> None:
+        biased = scores + bias
+        if kept < groups:
+            by_group = biased.reshape(len(biased), groups, size)
+            best = np.sort(by_group, -1)[:, :, -2:].sum(-1)
+            dropped = np.argsort(-best, -1, kind="stable")[:, kept:]
+            for row, out in zip(by_group, dropped, strict=True):
+                row[out] = -np.inf
+        chosen[:] = np.argsort(-biased, -1, kind="stable")[:, :k]
+
+    return run
+
+
+def pick(inputs: Tensors, outputs: Tensors) -> Call:
+    (s, e), (p,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    scores, chosen, picked = s.reshape(-1, s.shape[-1]), e.reshape(-1, e.shape[-1]), p.reshape(-1, p.shape[-1])
+    rows = np.arange(len(scores))[:, None]
+
+    def run() -> None:
+        picked[:] = scores[rows, chosen]
+
+    return run
+
+
+def dispatch(inputs: Tensors, outputs: Tensors) -> Call:
+    """On one rank every token stays where it is."""
+    pairs = [(o.numpy(), i.numpy().reshape(o.shape)) for i, o in zip(inputs, outputs[:3], strict=True)]
+    handle = outputs[3].numpy().reshape(-1)
+    order = np.arange(len(handle), dtype=handle.dtype)
+
+    def run() -> None:
+        for out, value in pairs:
+            out[:] = value
+        handle[:] = order
+
+    return run
+
+
+def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int) -> Call:
+    (e,), (offsets, slot, source) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    flat = slot.reshape(-1)
+
+    def run() -> None:
+        chosen = e.reshape(-1).tolist()
+        order = sorted((x, i) for i, x in enumerate(chosen) if x >= 0)
+        places, origins, begins, at, last = [-1] * len(chosen), [-1] * len(source), [0], 0, 0
+        for expert, i in order:
+            while last < expert:
+                at += -at % align
+                begins.append(at)
+                last += 1
+            places[i], origins[at] = at, i
+            at += 1
+        begins += [at + -at % align] * (experts - last)
+        offsets[:], flat[:], source[:] = begins, places, origins
+
+    return run
+
+
+def permute(inputs: Tensors, outputs: Tensors) -> Call:
+    (x, source, slot), (rows,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    k = slot.shape[1]
+
+    def run() -> None:
+        np.take(x, source // k, axis=0, out=rows, mode="clip")
+        rows[source < 0] = 0
+
+    return run
+
+
+def unpermute(inputs: Tensors, outputs: Tensors) -> Call:
+    (y, slot, _source), (x,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+
+    def run() -> None:
+        found = y[slot]
+        found[slot < 0] = 0
+        found.sum(1, out=x)
+
+    return run
+
+
+def permute_weights(inputs: Tensors, outputs: Tensors) -> Call:
+    (p, source, _slot), (rows,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    flat = p.reshape(-1)
+
+    def run() -> None:
+        np.take(flat, source, out=rows, mode="clip")
+        rows[source < 0] = 0
+
+    return run
+
+
+def grouped_linear(inputs: Tensors, outputs: Tensors) -> Call:
+    """One matrix-vector product for each row."""
+    (x, w, offsets), (y,) = inputs, outputs
+    weights, rows, results, begins = list(w), list(x), list(y), offsets.numpy()
+
+    def run() -> None:
+        at = 0
+        for expert, end in enumerate(begins[1:].tolist()):
+            while at < end:
+                torch.mv(weights[expert], rows[at], out=results[at])
+                at += 1
+        for rest in results[at:]:
+            rest.zero_()
+
+    return run
+
+
+def latent_attention(inputs: Tensors, outputs: Tensors, *, scale: float, rank: int) -> Call:
+    """One new token of one sequence."""
+    (q, cache, start), (y,) = inputs, outputs
+    heads, columns = q.shape[-2:]
+    queries, latents, made = q.view(heads, columns), cache[0], y.view(heads, rank)
+    values, scaled = latents[:, :rank], torch.empty_like(queries)
+    space = torch.empty(heads * len(latents), dtype=q.dtype)
+    first = start.numpy()
+
+    def run() -> None:
+        seen = int(first) + 1
+        scores = space[: heads * seen].view(heads, seen)
+        torch.mul(queries, scale, out=scaled)
+        torch.mm(scaled, latents[:seen].t(), out=scores)
+        torch.softmax(scores, -1, out=scores)
+        torch.mm(scores, values[:seen], out=made)
+
+    return run
+
+
+def rotary_table(inputs: Tensors, outputs: Tensors, **attrs: object) -> Call:
+    """From a table that grows by doubling as positions are met."""
+    (positions,), (cos, sin) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    tables: list[np.ndarray] = []
+
+    def run() -> None:
+        highest = int(positions.max())
+        if not tables or highest >= len(tables[0]):
+            every = torch.arange(2 * max(highest, 63) + 2, dtype=torch.int32).unsqueeze(0)
+            made = ROTARY_TABLE.reference(every, **attrs)
+            tables[:] = [t[0].numpy() for t in made]
+        np.take(tables[0], positions, axis=0, out=cos)
+        np.take(tables[1], positions, axis=0, out=sin)
+
+    return run
+
+
+def cache_write(inputs: Tensors, outputs: Tensors) -> Call:
+    """In place; the caller gave the cache to be continued."""
+    (_cache, latent, start), (out,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    length = latent.shape[1]
+
+    def run() -> None:
+        first = int(start)
+        out[:, first : first + length] = latent
+
+    return run
+
+
+def _tokens(x: torch.Tensor) -> int:
+    return x.numel() // x.shape[-1] if x.dim() else 1
+
+
+FEW: Mapping[str, tuple[Callable[..., Call], Callable[[Tensors, Tensors], bool]]] = {
+    "choose_experts": (choose_experts, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
+    "pick": (pick, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
+    "dispatch": (dispatch, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
+    "sort_by_expert": (sort_by_expert, lambda i, o: len(i[0]) <= MOST_TOKENS),
+    "permute": (permute, lambda i, o: len(i[0]) <= MOST_TOKENS),
+    "unpermute": (unpermute, lambda i, o: len(o[0]) <= MOST_TOKENS),
+    "permute_weights": (permute_weights, lambda i, o: len(i[0]) <= MOST_TOKENS),
+    "grouped_linear": (grouped_linear, lambda i, o: len(i[0]) <= 8 * MOST_TOKENS),
+    "latent_attention": (latent_attention, lambda i, o: i[0].shape[0] == i[0].shape[1] == 1),
+    "rotary_table": (rotary_table, lambda i, o: i[0].numel() <= MOST_TOKENS),
+    "cache_write": (
+        cache_write,
+        lambda i, o: i[1].shape[1] == 1 and i[0].data_ptr() == o[0].data_ptr(),
+    ),
+}
+"""By op: the implementation for a few tokens, and whether it takes these tensors."""
+
+
+def for_few_tokens(general: Implementation) -> Implementation:
+    """`general`, replaced by its small-batch form wherever that form takes the tensors."""
+    if general.op not in FEW:
+        return general
+    small, takes = FEW[general.op]
+
+    def prepare(inputs: Tensors, outputs: Tensors, **attrs: object) -> Call:
+        plain = all(t.dtype in PLAIN and t.device.type == "cpu" for t in (*inputs, *outputs))
+        if plain and all(t.is_contiguous() for t in outputs) and takes(inputs, outputs):
+            return small(inputs, outputs, **attrs)
+        return general.prepare(inputs, outputs, **attrs)
+
+    return Implementation(general.op, prepare, general.accumulates)
