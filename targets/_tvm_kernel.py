@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dsv3c.errors import WorkError
-from dsv3c.ir import DTYPES, DType, Graph
+from dsv3c.ir import DTYPES, DType, Graph, IRError
 from dsv3c.lazy import lazy
 from dsv3c.ops import REGISTRY
 from dsv3c.target import Kernel, KernelFile
@@ -27,14 +27,19 @@ Tensors = "tuple[torch.Tensor, ...]"
 
 
 def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: str = CPU_KINDS[0]) -> Kernel | None:
-    """The kernel of a fused region: TIR text, and with `kernels` = binary its LLVM text; None for `none`.
+    """The kernel of a fused region: TIR text, and with `kernels` = binary its LLVM text.
 
-    Raises IRError if the region is not row-wise, WorkError if TVM cannot compile it.
+    None for `none`, and for a region that is not row-wise as a whole, which then runs op by op. Raises WorkError if
+    TVM cannot compile it.
     """
     if kernels == "none":
         return None
+    try:
+        program = compose(region, REGISTRY, sizes)
+    except IRError:
+        return None
     signature = tuple(str(v.type) for v in (*region.params, *region.results))
-    return program_kernel(compose(region, REGISTRY, sizes), signature, kernels == "binary", cpu)
+    return program_kernel(program, signature, kernels == "binary", cpu)
 
 
 def program_kernel(program: RegionProgram, signature: tuple[str, ...] = (), binary: bool = True,

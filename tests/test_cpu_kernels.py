@@ -281,6 +281,7 @@ def test_what_is_no_region_is_refused() -> None:
     ):
         with pytest.raises(IRError, match=message):
             compose(region(build), REGISTRY)
+        assert region_kernel(region(build), {}, "binary") is None
 
 
 def test_unknown_cpu_is_refused() -> None:
