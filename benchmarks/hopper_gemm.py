@@ -1,6 +1,6 @@
 """Matrix products on one Hopper GPU: generated kernels against cuBLASLt, checked against float32 before any timing.
 
-    python -m benchmarks.hopper_gemm [--cases dense,rows,columns,bf16,ablation] [--record]
+    python -m benchmarks.hopper_gemm [--cases dense,rows,columns,bf16,small,ablation] [--record]
 
 `--record` appends the best candidate of each case, and its peer, to results.jsonl. `ablation` leaves stages of the
 kernel out, which makes its results wrong and its times an upper bound for what the other stages allow.
@@ -192,6 +192,13 @@ def plans(cases: list[str]) -> list[Plan]:
     if "columns" in cases:
         found += [Plan(lambda e=e, r=r, n=n, k=k: columns_case(e, r, n, k), _specs("grouped_k", "e4m3"), 1e-3)
                   for (e, r), (n, k) in zip(ROWS, EXPERT, strict=True)]  # fmt: skip
+    if "small" in cases:
+        tiles = [GemmSpec("dense", "e4m3", 128, bn, stages, pair=p)
+                 for bn, stages in ((64, 8), (128, 6)) for p in ("", "b")]  # fmt: skip
+        found += [Plan(lambda n=n, k=k: dense_case(128, n, k), tuple(tiles), 4e-3) for n, k in DENSE]
+        # Decode: 32 experts with few rows each, padded to 128; weights of 537 MB are what counts.
+        groups = [GemmSpec("grouped_rows", "e4m3", 128, bn, 5, pair=p) for bn in (64, 128) for p in ("", "a")]
+        found.append(Plan(lambda: rows_case(32, 128, 4096, 4096), tuple(groups), 4e-3))
     if "bf16" in cases:
         found += [Plan(lambda n=n, k=k: dense_bf16_case(4096, n, k), _specs("dense", "bf16"), 4e-3) for n, k in DENSE]
     return found

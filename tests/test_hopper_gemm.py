@@ -189,3 +189,26 @@ def test_grouped_k(spec: GemmSpec, n: int, k: int, sizes: tuple[int, ...], binar
         found.append(c)
     assert _error(found[0], wanted) < 1e-3
     assert torch.equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", GROUPS, ids=["uneven", "one takes all", "few"])
+def test_grouped_bf16(sizes: tuple[int, ...], binaries) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(len(sizes))
+    ends = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    rows, n, k = ends[-1], 576, 2112
+    offsets = torch.tensor(ends, device="cuda", dtype=torch.int32)
+    x, dy = (torch.randn(rows, width, device="cuda").bfloat16() for width in (k, n))
+    w = torch.randn(len(sizes), n, k, device="cuda").bfloat16()
+    y = torch.full((rows, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    by_rows = GemmSpec("grouped_rows", "bf16", 256, 128, 4, pair="a")
+    given = _given(offsets=offsets, experts=len(sizes))
+    load(by_rows, binaries(by_rows)).bind(132, a_desc=x, b_desc=w, c_desc=y, M=rows, N=n, K=k, **given)()
+    pairs = list(itertools.pairwise(ends))
+    assert _error(y, torch.cat([x[i:j].double() @ w[e].double().t() for e, (i, j) in enumerate(pairs)])) < 4e-3
+    dw = torch.randn(len(sizes), n, k, device="cuda")
+    wanted = torch.stack([dw[e].double() + dy[i:j].double().t() @ x[i:j].double() for e, (i, j) in enumerate(pairs)])
+    along_k = GemmSpec("grouped_k", "bf16", 256, 128, 4, "accumulate_f32", pair="b")
+    transposed = _given(a_desc=dy.t().contiguous(), b_desc=x.t().contiguous(), c_desc=dw)
+    load(along_k, binaries(along_k)).bind(132, M=n, N=k, K=rows, **transposed, **given)()
+    assert _error(dw, wanted) < 1e-3
