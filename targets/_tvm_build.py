@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import tempfile
 from collections.abc import Callable
@@ -181,6 +182,18 @@ def _finish(text: str) -> str:
         if len(re.findall(rf"@{helper}\b", text)) == 1:
             text = re.sub(rf"^define [^\n]*@{helper}\(.*?^}}\n", "", text, flags=re.MULTILINE | re.DOTALL)
     return text + _OPENMP
+
+
+def check_machine(cpu: str) -> None:
+    """Raise WorkError unless this machine has the instruction set `cpu`; code for another one would kill it."""
+    order = ("DEFAULT", "AVX2", "AVX512")
+    needed = {"x86-64-v2": 0, "x86-64-v3": 1, "x86-64-v4": 2}[check_cpu(cpu)]
+    have = torch.backends.cpu.get_cpu_capability()
+    if platform.machine() not in ("x86_64", "AMD64") or have not in order or order.index(have) < needed:
+        raise WorkError(
+            f"the plan's kernels are for {cpu}, this machine is {platform.machine()} with {have}; "
+            "compile with --kernels none to run without them"
+        )
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from dsv3c.lazy import lazy
 from dsv3c.ops import REGISTRY
 from dsv3c.target import Kernel, KernelFile
 from dsv3c.targets._regions import RegionOperand, RegionProgram, compose
-from dsv3c.targets._tvm_build import CPU_KINDS, compile_text, load_text
+from dsv3c.targets._tvm_build import CPU_KINDS, check_machine, compile_text, load_text
 from dsv3c.targets._tvm_rows import generate
 from dsv3c.tensors import torch_dtype
 
@@ -74,10 +74,11 @@ def load_kernel(kernel: Kernel) -> Callable[[tuple[torch.Tensor, ...], tuple[tor
 
 def _function(kernel: Kernel) -> Callable[..., object]:
     launch = dict(kernel.launch)
-    entry = str(launch["entry"])
+    entry, cpu = str(launch["entry"]), str(launch["cpu"])
+    check_machine(cpu)
     if kernel.has_binary:
         return load_text(kernel.file("ll"), entry)
-    return load_text(compile_text(kernel.file("tir.py").decode(), entry, str(launch["cpu"])), entry)
+    return load_text(compile_text(kernel.file("tir.py").decode(), entry, cpu), entry)
 
 
 def _parse(text: str) -> RegionOperand:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,6 +290,39 @@ def test_what_is_no_region_is_refused() -> None:
 def test_unknown_cpu_is_refused() -> None:
     with pytest.raises(WorkError, match="known: x86-64-v3"):
         _tvm_build.compile_text("", "entry", "z80")
+
+
+def test_other_processors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any code runs that would stop the process."""
+    graph, kernel = norm_kernel()
+    tensors = tuple(torch.randn(v.type.bound({})) for v in graph.params)
+    outputs = tuple(fresh(v) for v in graph.results)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    with pytest.raises(WorkError, match=r"are for x86-64-v3, .* compile with --kernels none"):
+        load_kernel(kernel)(tensors, outputs)
+    monkeypatch.undo()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(WorkError, match="this machine is aarch64"):
+        load_kernel(kernel)(tensors, outputs)
+
+
+SAME_BYTES = """
+import sys
+sys.path.insert(0, "tests")
+from test_cpu_kernels import DType, backward_block, region_kernel, rope_block
+for block in (backward_block, rope_block):
+    print(region_kernel(block(DType.bf16, 4, 40), {}, "binary"))
+"""
+
+
+def test_same_bytes_in_another_process(tmp_path: Path) -> None:
+    """Neither hash order nor what was compiled before shows in a kernel."""
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root), "DSV3C_CACHE": str(tmp_path), "PYTHONHASHSEED": "7"}
+    command = [sys.executable, "-c", SAME_BYTES]
+    other = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    mine = [region_kernel(block(DType.bf16, 4, 40), {}, "binary") for block in (backward_block, rope_block)]
+    assert other.stdout == "".join(f"{k}\n" for k in mine), other.stderr
 
 
 def test_refused_script_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
