@@ -22,20 +22,24 @@ PLAIN = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
 def choose_experts(inputs: Tensors, outputs: Tensors, *, k: int, groups: int, kept: int) -> Call:
-    """Sorting is stable on the negated score, so that ties go to the lower index."""
+    """Sorting is stable, so that ties go to the lower index; group scores are rounded as their type rounds."""
     (s, bias), (e,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
     scores, chosen = s.reshape(-1, s.shape[-1]), e.reshape(-1, k)
     size = scores.shape[1] // groups
+    number = scores.dtype.type
+    spans = [range(g * size, (g + 1) * size) for g in range(groups)]
+
+    def best(row: list[float], span: range) -> float:
+        second, first = sorted(row[span.start : span.stop])[-2:]
+        return float(number(first) + number(second))
 
     def run() -> None:
-        biased = scores + bias
-        if kept < groups:
-            by_group = biased.reshape(len(biased), groups, size)
-            best = np.sort(by_group, -1)[:, :, -2:].sum(-1)
-            dropped = np.argsort(-best, -1, kind="stable")[:, kept:]
-            for row, out in zip(by_group, dropped, strict=True):
-                row[out] = -np.inf
-        chosen[:] = np.argsort(-biased, -1, kind="stable")[:, :k]
+        for out, row in zip(chosen, (scores + bias).tolist(), strict=True):
+            open_ones: list[int] | range = range(len(row))
+            if kept < groups:
+                order = sorted(range(groups), key=lambda g: -best(row, spans[g]))
+                open_ones = [i for g in sorted(order[:kept]) for i in spans[g]]
+            out[:] = sorted(open_ones, key=lambda i: -row[i])[:k]
 
     return run
 
@@ -137,21 +141,47 @@ def grouped_linear(inputs: Tensors, outputs: Tensors) -> Call:
 
 
 def latent_attention(inputs: Tensors, outputs: Tensors, *, scale: float, rank: int) -> Call:
-    """One new token of one sequence."""
+    """One new token of one sequence: its heads are the queries, the latents both keys and values."""
     (q, cache, start), (y,) = inputs, outputs
     heads, columns = q.shape[-2:]
-    queries, latents, made = q.view(heads, columns), cache[0], y.view(heads, rank)
-    values, scaled = latents[:, :rank], torch.empty_like(queries)
-    space = torch.empty(heads * len(latents), dtype=q.dtype)
-    first = start.numpy()
+    queries, made, first = q.view(1, 1, heads, columns), y.view(heads, rank), start.numpy()
 
     def run() -> None:
-        seen = int(first) + 1
-        scores = space[: heads * seen].view(heads, seen)
-        torch.mul(queries, scale, out=scaled)
-        torch.mm(scaled, latents[:seen].t(), out=scores)
-        torch.softmax(scores, -1, out=scores)
-        torch.mm(scores, values[:seen], out=made)
+        seen = cache[:, None, : int(first) + 1]
+        mixed = torch.nn.functional.scaled_dot_product_attention(queries, seen, seen, scale=scale)
+        made.copy_(mixed[0, 0, :, :rank])
+
+    return run
+
+
+def linear(inputs: Tensors, outputs: Tensors) -> Call:
+    """One row: a matrix-vector product."""
+    (x, w), (y,) = inputs, outputs
+    row, out = x.view(-1), y.view(-1)
+
+    def run() -> None:
+        torch.mv(w, row, out=out)
+
+    return run
+
+
+def copied(inputs: Tensors, outputs: Tensors) -> Call:
+    """What moves no row on one rank: `combine`, `dispatch_again`."""
+    out = outputs[0].numpy()
+    value = inputs[0].numpy().reshape(out.shape)
+
+    def run() -> None:
+        out[:] = value
+
+    return run
+
+
+def positions_from(inputs: Tensors, outputs: Tensors) -> Call:
+    start, out = inputs[1].numpy(), outputs[0].numpy()
+    offsets = np.arange(out.shape[1], dtype=out.dtype)
+
+    def run() -> None:
+        np.add(start, offsets, out=out)
 
     return run
 
@@ -199,6 +229,10 @@ FEW: Mapping[str, tuple[Callable[..., Call], Callable[[Tensors, Tensors], bool]]
     "permute_weights": (permute_weights, lambda i, o: len(i[0]) <= MOST_TOKENS),
     "grouped_linear": (grouped_linear, lambda i, o: len(i[0]) <= 8 * MOST_TOKENS),
     "latent_attention": (latent_attention, lambda i, o: i[0].shape[0] == i[0].shape[1] == 1),
+    "linear": (linear, lambda i, o: _tokens(i[0]) == 1 and i[0].is_contiguous()),
+    "combine": (copied, lambda i, o: len(i[0]) <= MOST_TOKENS),
+    "dispatch_again": (copied, lambda i, o: len(o[0]) <= MOST_TOKENS),
+    "positions_from": (positions_from, lambda i, o: o[0].numel() <= MOST_TOKENS),
     "rotary_table": (rotary_table, lambda i, o: i[0].numel() <= MOST_TOKENS),
     "cache_write": (
         cache_write,
