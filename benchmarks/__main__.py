@@ -17,7 +17,8 @@ def main(names: list[str]) -> int:
         if name not in known:
             print(f"benchmarks: no benchmark is called '{name}'; known: {', '.join(known)}", file=sys.stderr)
             return 2
-    return max(subprocess.run([sys.executable, str(HERE / f"{name}.py")], check=False).returncode for name in names or ON_CPU)
+    scripts = [str(HERE / f"{name}.py") for name in names or ON_CPU]
+    return max(subprocess.run([sys.executable, script], check=False).returncode for script in scripts)
 
 
 if __name__ == "__main__":

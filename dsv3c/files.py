@@ -11,7 +11,8 @@ from dsv3c.errors import InputError, WorkError
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Put `data` into the file at once: under a temporary name beside it, then renamed; folders are made.
 
-    A device or a pipe is written to as it is. Raises WorkError saying why it cannot be written; then nothing is left behind and an old file is intact.
+    A device or a pipe is written to as it is. Raises WorkError saying why it cannot be written; then nothing is left
+    behind and an old file is intact.
     """
     target = Path(path)
     work = target.with_name(f".{target.name}.{os.getpid()}.tmp")

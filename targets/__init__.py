@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 if __name__ != "dsv3c.targets":
-    raise ImportError(f"this folder is the package dsv3c.targets: write 'import dsv3c.targets', not 'import {__name__}'")
+    raise ImportError(f"this folder is dsv3c.targets: write 'import dsv3c.targets', not 'import {__name__}'")
 
 from dsv3c.discover import defined_in
 from dsv3c.errors import InputError, did_you_mean

@@ -57,7 +57,7 @@ def losses(
     """
     model = _Model(weights, config)
     modules = config.num_nextn_predict_layers if mtp_modules is None else mtp_modules
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     embedding = weights["model.embed_tokens.weight"]
     head = weights.get("lm_head.weight", embedding)
 

@@ -173,7 +173,8 @@ def _adamw_sample(dtype: DType, moments: DType) -> Sample:
         return w.to(kind), g.to(kind), m.to(kept), v.square().to(kept), scale, rate, root, keep
 
     block, state, one = Type(dtype, (4, 6)), Type(moments, (4, 6)), Type(dtype, ())
-    return Sample((block, block, state, state, one, one, one, one), (("beta1", 0.9), ("beta2", 0.95), ("eps", 1e-8)), draw)
+    attrs = (("beta1", 0.9), ("beta2", 0.95), ("eps", 1e-8))
+    return Sample((block, block, state, state, one, one, one, one), attrs, draw)
 
 
 ADAMW_ROWS = Rowwise(("row", "row", "row", "row", *("single",) * 4), ("row", "row", "row"), _adamw_row)
