@@ -1,4 +1,7 @@
-"""Attention on Hopper: cuDNN's fused kernels through torch for training, the reference over the latent cache."""
+"""Attention on Hopper: cuDNN's fused kernels through torch for training, the reference over the latent cache.
+
+With documents the mask is a bias, and then cuDNN's backward pass may differ in the last bits from run to run.
+"""
 
 from __future__ import annotations
 

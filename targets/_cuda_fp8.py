@@ -1,7 +1,8 @@
 """Products of quantized operands on Hopper, and what quantizes along rows and in blocks.
 
-Dense products go through cuBLASLt's block-scaled kernels, products by expert through generated ones, whatever neither
-takes through float32. Both want the scales of a tile row as [tiles, rows], so scales are transposed first.
+Products go through generated kernels, but through cuBLASLt's block-scaled ones where those are faster: few columns, and
+weight gradients that nothing is added to. What neither takes goes through float32. Both want the scales of a tile row
+as [tiles, rows], so scales are transposed first.
 """
 
 from __future__ import annotations
@@ -23,11 +24,23 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-DENSE = GemmSpec("dense", "e4m3", 256, 128, 4)
-ROWS = GemmSpec("grouped_rows", "e4m3", 256, 128, 4)
-COLUMNS = GemmSpec("grouped_k", "e4m3", 128, 128, 6, output="accumulate_f32")
-SPECS = (DENSE, ROWS, COLUMNS)
-"""Generated kernels that this module may launch."""
+DENSE_NARROW = GemmSpec("dense", "e4m3", 192, 128, 4, pair="b")
+DENSE_SHALLOW = GemmSpec("dense", "e4m3", 256, 128, 4, pair="b")
+DENSE = GemmSpec("dense", "e4m3", 128, 256, 4, pair="b")
+ROWS = GemmSpec("grouped_rows", "e4m3", 128, 256, 4, pair="a")
+COLUMNS = GemmSpec("grouped_k", "e4m3", 256, 128, 4, output="accumulate_f32", pair="a")
+SPECS = (DENSE_NARROW, DENSE_SHALLOW, DENSE, ROWS, COLUMNS)
+"""Generated kernels that this module may launch, as measured in docs/hopper-gemm.md."""
+
+NARROW, SHALLOW = 3072, 1024
+"""Columns up to which smaller tiles fill the SMs better, and depth up to which storing a tile takes its time."""
+
+
+def dense_spec(n: int, k: int) -> GemmSpec:
+    """The generated kernel for y[M, n] = x[M, k] · w[n, k] transposed."""
+    if k <= SHALLOW:
+        return DENSE_SHALLOW
+    return DENSE_NARROW if n <= NARROW else DENSE
 
 SCALE_COLUMNS = 256
 """Transposed scales step by a multiple of this, the widest tile of a generated kernel."""
@@ -61,7 +74,7 @@ def linear_fp8(inputs: Tensors, outputs: Tensors) -> Call:
         return _widened(q, s, w, ws, y)
     a, out, tiles = matrix(q), y.view(-1, y.shape[-1]), matrix(s)
     (m, k), n = a.shape, w.shape[0]
-    if k % (4 * TILE) == 0 and n % 16 == 0 and m % 16 == 0:  # cuBLASLt wants 4 blocks of scales at a time
+    if n <= NARROW and m >= TILE and k % (4 * TILE) == n % 16 == m % 16 == 0:  # 4 blocks of scales at a time
         sa, turn = _unpadded(10, tiles)
 
         def run() -> None:
@@ -74,7 +87,7 @@ def linear_fp8(inputs: Tensors, outputs: Tensors) -> Call:
     room, turn = _tiles_first(10, tiles)
     values = {"a_desc": a, "b_desc": w, "c_desc": out, "a_scale": room, "b_scale": ws, "M": m, "N": n, "K": k,
               "a_scale_stride": room.stride(0)}  # fmt: skip
-    return in_turn(turn, gemm(DENSE, values))
+    return in_turn(turn, gemm(dense_spec(n, k), values))
 
 
 def _widened(q: torch.Tensor, s: torch.Tensor, w: torch.Tensor, ws: torch.Tensor, y: torch.Tensor) -> Call:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-ROWS_BF16 = GemmSpec("grouped_rows", "bf16", 256, 128, 4)
-COLUMNS_BF16 = GemmSpec("grouped_k", "bf16", 128, 128, 6, output="accumulate_f32")
+ROWS_BF16 = GemmSpec("grouped_rows", "bf16", 256, 128, 4, pair="a")
+COLUMNS_BF16 = GemmSpec("grouped_k", "bf16", 256, 128, 4, output="accumulate_f32", pair="a")
 SPECS = (ROWS_BF16, COLUMNS_BF16)
 """Generated kernels that this module may launch."""
 
@@ -102,8 +102,8 @@ def turned(slot: int, x: torch.Tensor) -> tuple[torch.Tensor, Call]:
     room = scratch(slot, (cols, stride), x.dtype, x.device)
     values = {"x": x, "y": room, "rows": rows, "cols": cols, "step": x.stride(0),
               "stride": stride}  # fmt: skip
-    grid = (-(-cols // 64), -(-rows // 64), 1)
-    return room[:, :rows], launch(TRANSPOSE, "transpose", grid, values, TILE=64)
+    grid = (-(-cols // 128), -(-rows // 128), 1)
+    return room[:, :rows], launch(TRANSPOSE, "transpose", grid, values, warps=8, TILE=128)
 
 
 def grouped_linear_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:

@@ -165,3 +165,36 @@ def embedding_wgrad(tokens, order, dy, dw, count, cols, BLOCK: tl.constexpr, ADD
             total += tl.load(at, mask=c < cols, other=0.0)
         tl.store(at, total, mask=c < cols)
 """
+
+SORT_BY_EXPERT = f"""{HEAD}
+
+@triton.jit
+def count_choices(e, counts, count, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    names = tl.arange(0, EXPERTS)
+    expert = tl.load(e + i, mask=i < count, other=-1)
+    hit = (expert[:, None] == names[None, :]).to(tl.int32)
+    tl.store(counts + chunk * EXPERTS + names, tl.sum(hit, 0))
+
+
+@triton.jit
+def place_choices(e, sums, offsets, slot, source, count, experts, chunks, align, EXPERTS: tl.constexpr,
+                  CHUNK: tl.constexpr):
+    chunk = tl.program_id(0)
+    i = chunk * CHUNK + tl.arange(0, CHUNK)
+    names = tl.arange(0, EXPERTS)
+    size = tl.load(sums + (chunks - 1) * EXPERTS + names)
+    room = (size + align - 1) // align * align
+    start = tl.cumsum(room, 0) - room
+    before = tl.load(sums + (chunk - 1) * EXPERTS + names, mask=(names >= 0) & (chunk > 0), other=0)
+    expert = tl.load(e + i, mask=i < count, other=-1)
+    hit = (expert[:, None] == names[None, :]).to(tl.int32)
+    row = tl.sum(hit * ((start + before)[None, :] + tl.cumsum(hit, 0) - 1), 1)
+    here = (i < count) & (expert >= 0)
+    tl.store(slot + i, tl.where(expert >= 0, row, -1), mask=i < count)
+    tl.store(source + row, i, mask=here)
+    if chunk == 0:
+        tl.store(offsets + names, start, mask=names < experts)
+        tl.store(offsets + experts, tl.sum(room, 0))
+"""

@@ -6,9 +6,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv3c.lazy import lazy
+from dsv3c.ops.rotary import frequencies
 from dsv3c.target import Implementation
 from dsv3c.targets._cuda_launch import Call, launch, scratch, width, words
-from dsv3c.targets._cuda_text import CROSS_ENTROPY, CROSS_ENTROPY_GRAD, EMBEDDING_WGRAD, PERMUTE, UNPERMUTE
+from dsv3c.targets._cuda_text import (
+    CROSS_ENTROPY,
+    CROSS_ENTROPY_GRAD,
+    EMBEDDING_WGRAD,
+    PERMUTE,
+    SORT_BY_EXPERT,
+    UNPERMUTE,
+)
 from dsv3c.targets._torch_tokens import embedding, permute_weights, unpermute_weights
 
 if TYPE_CHECKING:
@@ -17,6 +25,9 @@ else:
     torch = lazy("torch")
 
 Tensors = tuple["torch.Tensor", ...]
+
+CHUNK = 128
+"""Choices that one program counts and places."""
 
 
 def embedding_wgrad(inputs: Tensors, outputs: Tensors, *, vocab: int, accumulate: bool = False) -> Call:
@@ -69,27 +80,23 @@ def cross_entropy_grad(inputs: Tensors, outputs: Tensors) -> Call:
 
 
 def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int) -> Call:
+    """Count in chunks, add up over chunks, place: the order of choices is kept, so that bits repeat."""
     (e,), (offsets, slot, source) = inputs, outputs
-    count, rows = e.numel(), source.shape[0]
-    names = torch.arange(experts + 1, device=e.device)
-    places = torch.arange(count, device=e.device)
-    room = scratch(24, (rows + 1,), torch.int64, e.device)  # the last takes the choices of other ranks
+    count, names = e.numel(), width(experts, 2**30)
+    chunks = max(1, -(-count // CHUNK))
+    counts, sums = (scratch(i, (chunks, names), torch.int32, e.device) for i in (20, 21))
+    flat = e.view(-1)
+    sizes = {"EXPERTS": names, "CHUNK": CHUNK}
+    tally = launch(SORT_BY_EXPERT, "count_choices", (chunks,), {"e": flat, "counts": counts, "count": count}, **sizes)
+    values = {"e": flat, "sums": sums, "offsets": offsets, "slot": slot, "source": source, "count": count,
+              "experts": experts, "chunks": chunks, "align": align}  # fmt: skip
+    place = launch(SORT_BY_EXPERT, "place_choices", (chunks,), values, **sizes)
 
     def run() -> None:
-        flat = e.reshape(-1).long()
-        key, order = torch.sort(torch.where(flat < 0, experts, flat), stable=True)
-        first = torch.searchsorted(key, names)
-        size = first[1:] - first[:-1]
-        ends = ((size + align - 1) // align * align).cumsum(0)
-        offsets[0] = 0
-        offsets[1:].copy_(ends)
-        starts = torch.cat((ends.new_zeros(1), ends))
-        here = key < experts
-        row = torch.where(here, starts[key] + places - first[key], -1)
-        slot.view(-1).scatter_(0, order, row.to(slot.dtype))
-        room.fill_(-1)
-        room.scatter_(0, torch.where(here, row, rows), order)
-        source.copy_(room[:rows])
+        source.fill_(-1)
+        tally()
+        torch.cumsum(counts, 0, dtype=torch.int32, out=sums)
+        place()
 
     return run
 
@@ -119,6 +126,30 @@ def sum_squares(inputs: Tensors, outputs: Tensors) -> Call:
     return run
 
 
+def rotary_table(inputs: Tensors, outputs: Tensors, *, dim: int, base: float, factor: float, original: int,
+                 beta_fast: float, beta_slow: float, magnitude: float, dtype: str) -> Call:  # fmt: skip
+    """Angles per position are computed on the CPU, once."""
+    (positions,), (cos, sin) = inputs, outputs
+    turn = frequencies(dim=dim, base=base, factor=factor, original=original, beta_fast=beta_fast,
+                       beta_slow=beta_slow, dtype=cos.dtype).to(cos.device)  # fmt: skip
+
+    def run() -> None:
+        angles = positions.to(cos.dtype).unsqueeze(-1) * turn
+        torch.mul(torch.cos(angles), magnitude, out=cos)
+        torch.mul(torch.sin(angles), magnitude, out=sin)
+
+    return run
+
+
+def sum_heads(inputs: Tensors, outputs: Tensors) -> Call:
+    (x,), (y,) = inputs, outputs
+
+    def run() -> None:
+        torch.sum(x, -2, out=y)  # adds up in float32
+
+    return run
+
+
 TOKENS = (
     Implementation("embedding", embedding),
     Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
@@ -129,6 +160,8 @@ TOKENS = (
     Implementation("unpermute", unpermute),
     Implementation("permute_weights", permute_weights),
     Implementation("unpermute_weights", unpermute_weights),
+    Implementation("rotary_table", rotary_table),
+    Implementation("sum_heads", sum_heads),
     Implementation("sum_squares", sum_squares),
 )
 

@@ -166,14 +166,24 @@ class Runner:
         for call in self._again if accumulate else self._first:
             call()
 
-    def capture(self) -> None:
-        """Record both ways to run as CUDA graphs, which `run` then replays. The runner must have run before."""
-        for accumulate, calls in ((False, self._first), (True, self._again)):
+    def capture(self, accumulates: bool = True) -> None:
+        """Record `run`, and with `accumulates` also `run(accumulate=True)`, as CUDA graphs that `run` then replays.
+
+        Does nothing a second time, or without a GPU. The runner must have run before: what is made ready at the first
+        call may not be recorded.
+        """
+        if self._graphs or not self._on_gpu():
+            return
+        for accumulate, calls in ((False, self._first), (True, self._again))[: 1 + accumulates]:
+            pool = self._graphs[False].pool() if self._graphs else None
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=pool):
                 for call in calls:
                     call()
             self._graphs[accumulate] = graph
+
+    def _on_gpu(self) -> bool:
+        return any(t.is_cuda for t in self.values.values())
 
     def profile(self) -> dict[tuple[str, str], float]:
         """Execute once and give seconds by (op, path)."""
@@ -186,7 +196,7 @@ class Runner:
 
     def _timed(self) -> list[float]:
         """Seconds of each call of `first`: on a GPU by its own clock, work queued ahead so that it never waits."""
-        if not any(t.is_cuda for t in self.values.values()):
+        if not self._on_gpu():
             marks = [time.perf_counter()]
             for step in self.first:
                 step.call()
@@ -204,7 +214,8 @@ class Runner:
 
 def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
                      tensors: Mapping[str, torch.Tensor],
-                     gradients: Mapping[str, torch.Tensor] | None = None, taps: Iterable[str] = ()) -> Runner:  # fmt: skip
+                     gradients: Mapping[str, torch.Tensor] | None = None,
+                     taps: Iterable[str] = ()) -> Runner:  # fmt: skip
     """Bind `sequence` to memory.
 
     `tensors`: its inputs and all weights, by name. `gradients`: for each weight the tensor that its gradient is

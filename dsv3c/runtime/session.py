@@ -142,6 +142,8 @@ class Session:
             decode.values["tokens"].copy_(column.view(batch, 1))
             decode.values["start"].fill_(length + i - 1)
             decode.run()
+            if decode is not prefill:
+                decode.capture(accumulates=False)
             following = sample(decode.values["logits"][:, -1], sampling, i)
             column = torch.where(done, column, following) if len(stops) else following
             done |= torch.isin(column, stops)
@@ -182,6 +184,7 @@ class Session:
             for name in (n for n in sequence.results if n.startswith("load.")):
                 load = runner.values[name]
                 loads[name] = loads[name] + load if name in loads else load.clone()
+        runner.capture()
         self.steps += 1
         rate = self.recipe.lr if lr is None else lr
         norm = self._update(rate)
