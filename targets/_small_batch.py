@@ -93,6 +93,14 @@ def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: in
 def permute(inputs: Tensors, outputs: Tensors) -> Call:
     (x, source, slot), (rows,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
     k = slot.shape[1]
+    if len(x) == 1 and len(rows) == k:  # every choice is the one token's; what lies on other ranks comes last
+
+        def spread() -> None:
+            rows[:] = x
+            if source[-1] < 0:
+                rows[source < 0] = 0
+
+        return spread
 
     def run() -> None:
         np.take(x, source // k, axis=0, out=rows, mode="clip")
@@ -102,7 +110,13 @@ def permute(inputs: Tensors, outputs: Tensors) -> Call:
 
 
 def unpermute(inputs: Tensors, outputs: Tensors) -> Call:
-    (y, slot, _source), (x,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    (y, slot, source), (x,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    if len(x) == 1 and len(y) == slot.shape[1]:
+
+        def gathered() -> None:
+            np.add.reduce(y if source[-1] >= 0 else y[source >= 0], axis=0, out=x[0])
+
+        return gathered
 
     def run() -> None:
         found = y[slot]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, position: int) -> torch.Ten
     """
     likeliest = logits.argmax(-1, keepdim=True)
     best = logits.gather(-1, likeliest)
-    if not bool(best.isfinite().all()):  # argmax finds a NaN before every number
+    if not all(map(math.isfinite, best.flatten().tolist())):  # argmax finds a NaN before every number
         raise WorkError("the model's output is not a number; its weights are damaged or its training diverged")
     if sampling.temperature == 0:
         return likeliest.squeeze(-1).cpu()

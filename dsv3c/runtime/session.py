@@ -122,7 +122,7 @@ class Session:
         stops = torch.tensor((stop,) if isinstance(stop, int) else stop or (), dtype=torch.long)
         if max_new_tokens < 1:
             return
-        capacity = length + max_new_tokens
+        capacity = self._capacity(batch, length + max_new_tokens)
         self._generation += 1
         generation = self._generation
         prefill = self._runner("prefill", batch, length, capacity)
@@ -135,7 +135,7 @@ class Session:
         yield column
         decode = self._runner("decode", batch, 1, capacity) if max_new_tokens > 1 else prefill
         for i in range(1, max_new_tokens):
-            if bool(done.all()):
+            if len(stops) and bool(done.all()):
                 return
             if generation != self._generation:
                 raise InputError("a stream goes on after another began or a step was made; load a session for each")
@@ -146,8 +146,15 @@ class Session:
                 decode.capture(accumulates=False)
             following = sample(decode.values["logits"][:, -1], sampling, i)
             column = torch.where(done, column, following) if len(stops) else following
-            done |= torch.isin(column, stops)
+            if len(stops):
+                done |= torch.isin(column, stops)
             yield column
+
+    def _capacity(self, batch: int, tokens: int) -> int:
+        """Tokens that the cache for `batch` sequences is to hold: those of the one at hand if it is not far too large,
+        so that what is bound to it serves again."""
+        at_hand = [int(key[2]) for key in self._runners if key[:2] == ("cache", batch)]  # type: ignore[call-overload]
+        return next((c for c in at_hand if tokens <= c <= 2 * tokens), tokens)
 
     def cache(self, batch: int, capacity: int) -> dict[str, torch.Tensor]:
         """The latent cache of `batch` sequences: by name, [batch, capacity, kv rank + rotary] for each layer."""
@@ -232,8 +239,11 @@ class Session:
         return {name: float(runner.values[name]) for name in sequence.losses}
 
     def save_hf(self, directory: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint that transformers, vLLM and SGLang load."""
-        save_hf(directory, self.config, hf_tensors(self.config, self.weights.tensors), dtype=dtype)
+        """Write a checkpoint that transformers, vLLM and SGLang load; with MTP weights if this plan holds them."""
+        config, held = self.config, self.weights.tensors
+        if not any(n.startswith(f"model.layers.{i}.") for i in config.mtp_layers for n in held):
+            config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        save_hf(directory, config, hf_tensors(config, held), dtype=dtype)
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
