@@ -18,6 +18,7 @@ Call = Callable[[], None]
 Tensors = tuple[torch.Tensor, ...]
 
 MOST_TOKENS = 4
+MOST_HEADS = 8
 PLAIN = (torch.float32, torch.float64, torch.int32, torch.int64)
 
 
@@ -168,6 +169,29 @@ def latent_attention(inputs: Tensors, outputs: Tensors, *, scale: float, rank: i
     return run
 
 
+def absorb_query(inputs: Tensors, outputs: Tensors) -> Call:
+    (q, kv_b), (y,) = inputs, outputs
+    heads, key = q.shape[-2:]
+    keys = kv_b.unflatten(0, (heads, -1))[:, :key]
+    return _each_head([w.t() for w in keys], q, y)
+
+
+def absorb_value(inputs: Tensors, outputs: Tensors, *, value: int) -> Call:
+    (o, kv_b), (y,) = inputs, outputs
+    return _each_head(list(kv_b.unflatten(0, (o.shape[-2], -1))[:, -value:]), o, y)
+
+
+def _each_head(weights: list[torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> Call:
+    """One matrix-vector product for each head of one token."""
+    heads = list(zip(weights, x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1]), strict=True))
+
+    def run() -> None:
+        for w, row, out in heads:
+            torch.mv(w, row, out=out)
+
+    return run
+
+
 def linear(inputs: Tensors, outputs: Tensors) -> Call:
     """One row: a matrix-vector product."""
     (x, w), (y,) = inputs, outputs
@@ -233,6 +257,11 @@ def _tokens(x: torch.Tensor) -> int:
     return x.numel() // x.shape[-1] if x.dim() else 1
 
 
+def _one_token_of_few_heads(inputs: Tensors, outputs: Tensors) -> bool:
+    x = inputs[0]
+    return x.is_contiguous() and x.numel() == x.shape[-2] * x.shape[-1] and x.shape[-2] <= MOST_HEADS
+
+
 FEW: Mapping[str, tuple[Callable[..., Call], Callable[[Tensors, Tensors], bool]]] = {
     "choose_experts": (choose_experts, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
     "pick": (pick, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
@@ -244,6 +273,8 @@ FEW: Mapping[str, tuple[Callable[..., Call], Callable[[Tensors, Tensors], bool]]
     "grouped_linear": (grouped_linear, lambda i, o: len(i[0]) <= 8 * MOST_TOKENS),
     "latent_attention": (latent_attention, lambda i, o: i[0].shape[0] == i[0].shape[1] == 1),
     "linear": (linear, lambda i, o: _tokens(i[0]) == 1 and i[0].is_contiguous()),
+    "absorb_query": (absorb_query, _one_token_of_few_heads),
+    "absorb_value": (absorb_value, _one_token_of_few_heads),
     "combine": (copied, lambda i, o: len(i[0]) <= MOST_TOKENS),
     "dispatch_again": (copied, lambda i, o: len(o[0]) <= MOST_TOKENS),
     "positions_from": (positions_from, lambda i, o: o[0].numel() <= MOST_TOKENS),
