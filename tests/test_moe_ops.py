@@ -264,7 +264,7 @@ def test_sort_by_expert_gives_aligned_stable_inverse_maps(case: int, align: int)
 
 def test_sort_by_expert_has_rows_in_closed_form() -> None:
     e = Type(DType.i32, (symbol("T"), 8))
-    for align, rows in ((1, "i32[8*T]"), (128, "i32[8*T + 8128]")):
+    for align, rows in ((1, "i32[8*T]"), (128, "i32[8*T + 8192]")):
         assert str(REGISTRY["sort_by_expert"].infer_types((e,), (("experts", 64), ("align", align)))[2]) == rows
 
 

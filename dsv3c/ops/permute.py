@@ -33,7 +33,12 @@ else:
     torch = lazy("torch")
 
 TOKENS, K, EXPERTS, ALIGN = 5, 2, 4, 4
-ROWS = TOKENS * K + EXPERTS * (ALIGN - 1)
+ROWS = TOKENS * K + EXPERTS * (ALIGN - 1)  # whole blocks already
+
+
+def _padding(experts: int, align: int) -> int:
+    """Rows enough for each expert to fill its last block, in whole blocks, so that strides over rows stay aligned."""
+    return -(-experts * (align - 1) // align) * align
 
 
 def _infer_sort(e: Type, *, experts: int, align: int) -> tuple[Type, ...]:
@@ -41,7 +46,7 @@ def _infer_sort(e: Type, *, experts: int, align: int) -> tuple[Type, ...]:
     expect(e.rank == 2, f"expected choices [tokens, k], got {e}")
     expect(experts >= 1, f"the number of experts must be at least 1, got {experts}")
     expect(align >= 1, f"the alignment must be at least 1 row, got {align}")
-    rows = add(multiply(*e.shape), experts * (align - 1))
+    rows = add(multiply(*e.shape), _padding(experts, align))
     return Type(DType.i32, (experts + 1,)), Type(DType.i32, e.shape), Type(DType.i32, (rows,))
 
 
@@ -56,7 +61,7 @@ def _sort(e: torch.Tensor, *, experts: int, align: int) -> tuple[torch.Tensor, .
     expert = flat[order]
     row = offsets[expert] + torch.arange(len(order), device=e.device) - first[expert]
     slot = torch.full_like(flat, -1).scatter(0, order, row)
-    source = flat.new_full((flat.numel() + experts * (align - 1),), -1).scatter(0, row, order)
+    source = flat.new_full((flat.numel() + _padding(experts, align),), -1).scatter(0, row, order)
     return offsets.int(), slot.view(e.shape).int(), source.int()
 
 
@@ -121,7 +126,7 @@ def _vjp_permute(b: Builder, node: Node, dy: Value) -> tuple[Value | None, ...]:
 
 def _sample(shape: tuple[int, ...], slot_first: bool, dtype: DType = DType.f64, align: int = ALIGN) -> Sample:
     """A tensor of `shape` and the maps of random choices, one of which is on another rank."""
-    rows = TOKENS * K + EXPERTS * (align - 1)
+    rows = TOKENS * K + _padding(EXPERTS, align)
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         x = torch.randn(shape, generator=generator, dtype=torch.float64)
