@@ -7,19 +7,27 @@ functions take a batch if it is small and of a type that numpy has; otherwise th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 
+from dsv3c.ir import DType
+from dsv3c.lazy import lazy
 from dsv3c.ops.rotary import ROTARY_TABLE
 from dsv3c.target import Implementation
+from dsv3c.tensors import ir_dtype
+
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = lazy("torch")
 
 Call = Callable[[], None]
-Tensors = tuple[torch.Tensor, ...]
+Tensors: TypeAlias = "tuple[torch.Tensor, ...]"
 
 MOST_TOKENS = 4
 MOST_HEADS = 8
-PLAIN = (torch.float32, torch.float64, torch.int32, torch.int64)
+PLAIN = (DType.f32, DType.f64, DType.i32, DType.i64)
 
 
 def choose_experts(inputs: Tensors, outputs: Tensors, *, k: int, groups: int, kept: int) -> Call:
@@ -294,7 +302,7 @@ def for_few_tokens(general: Implementation) -> Implementation:
     small, takes = FEW[general.op]
 
     def prepare(inputs: Tensors, outputs: Tensors, **attrs: object) -> Call:
-        plain = all(t.dtype in PLAIN and t.device.type == "cpu" for t in (*inputs, *outputs))
+        plain = all(ir_dtype(t.dtype) in PLAIN and t.device.type == "cpu" for t in (*inputs, *outputs))
         if plain and all(t.is_contiguous() for t in outputs) and takes(inputs, outputs):
             return small(inputs, outputs, **attrs)
         return general.prepare(inputs, outputs, **attrs)
