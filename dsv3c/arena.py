@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dsv3c.ir import Graph, Program, Sequence, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import Registry
-from dsv3c.rewrite import is_view
+from dsv3c.rewrite import shares_memory
 
 if TYPE_CHECKING:
     import numpy
@@ -92,7 +92,7 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int],
     uses: dict[str, int] = {}
     for i, node in enumerate(graph.nodes):
         for v in node.outputs:
-            roots[v.name] = roots[node.inputs[0].name] if is_view(node, registry) else v.name
+            roots[v.name] = roots[node.inputs[0].name] if shares_memory(node, registry) else v.name
         for v in node.inputs:
             uses[roots[v.name]] = i
     fixed = {v.name for v in graph.params} | {roots[v.name] for v in graph.results}
@@ -107,7 +107,7 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int],
         for source, target in registry[node.op].aliases:
             old, new = roots[node.inputs[source].name], node.outputs[target].name
             given = old in donated and new in fixed and old not in merged.values()
-            if uses[old] != i or is_view(node, registry) or not (given or (old in start and not {old, new} & fixed)):
+            if uses[old] != i or shares_memory(node, registry) or not (given or (old in start and not {old, new} & fixed)):
                 continue
             same = values[old].type.bytes(sizes) == values[new].type.bytes(sizes)
             whole = roots[node.inputs[source].name] == node.inputs[source].name

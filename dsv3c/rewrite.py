@@ -44,6 +44,11 @@ def is_view(node: Node, registry: Registry) -> bool:
     return node.op != CALL and registry[node.op].view and pure(node, registry) and len(node.outputs) == 1
 
 
+def shares_memory(node: Node, registry: Registry) -> bool:
+    """Whether the output of `node` lies in its first input's memory: views, and on one rank also what sends rows."""
+    return node.op != CALL and registry[node.op].view and len(node.outputs) == 1
+
+
 def called(graph: Graph) -> tuple[str, ...]:
     """Names of the graphs that `graph` calls, each once, in order."""
     return tuple(dict.fromkeys(str(n.attr("graph")) for n in graph.nodes if n.op == CALL))

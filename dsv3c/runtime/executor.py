@@ -12,9 +12,9 @@ import torch
 from dsv3c import interp
 from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
 from dsv3c.errors import WorkError
-from dsv3c.ir import Graph, Layer, Node, Program, Sequence, Value
+from dsv3c.ir import Graph, IRError, Layer, Node, Program, Sequence, Value
 from dsv3c.op import Registry
-from dsv3c.rewrite import is_view
+from dsv3c.rewrite import shares_memory
 from dsv3c.target import Implementation, Target
 from dsv3c.tensors import torch_dtype
 
@@ -72,6 +72,8 @@ class Engine:
     def _views(self, node: Node, inputs: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         result = self.registry[node.op].reference(*inputs, **dict(node.attrs))
         views = result if isinstance(result, tuple) else (result,)
+        if any(t.untyped_storage().data_ptr() != inputs[0].untyped_storage().data_ptr() for t in views):
+            raise IRError(f"{node.path}: {node.op} of strided rows is no view of them; copy them first")
         return {v.name: t for v, t in zip(node.outputs, views, strict=True)}
 
 
@@ -262,7 +264,7 @@ def _sinks(
             if name not in weights:
                 continue
             target, producer = gradients[weights[name]], graph.producers.get(v.name)
-            if producer is None or is_view(producer, engine.registry) or producer.op == "call":
+            if producer is None or shares_memory(producer, engine.registry) or producer.op == "call":
                 continue
             whole = graph.results.count(v) == 1 and not graph.users[v.name] and len(producer.outputs) == 1
             if whole and torch_dtype(v.type.dtype) == target.dtype and v.type.shape == tuple(target.shape):
@@ -297,7 +299,7 @@ class _Binder:
                 escaping[inner.roots[v.name]] = offsets[root]
         for node in graph.nodes:
             inputs = tuple(local[v.name] for v in node.inputs)
-            if is_view(node, self.engine.registry):
+            if shares_memory(node, self.engine.registry):
                 local.update(self.engine._views(node, inputs))
             elif len(node.outputs) == 1 and node.output.name in sinks:
                 self._sink(layer, node, inputs, sinks[node.output.name], written)
@@ -355,7 +357,7 @@ def prepare_graph(engine: Engine, name: str, tensors: Mapping[str, torch.Tensor]
     runner = Runner()
     for node in graph.nodes:
         inputs = tuple(local[v.name] for v in node.inputs)
-        if is_view(node, engine.registry):
+        if shares_memory(node, engine.registry):
             local.update(engine._views(node, inputs))
             continue
         outputs = []
