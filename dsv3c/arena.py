@@ -107,7 +107,8 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int],
         for source, target in registry[node.op].aliases:
             old, new = roots[node.inputs[source].name], node.outputs[target].name
             given = old in donated and new in fixed and old not in merged.values()
-            if uses[old] != i or shares_memory(node, registry) or not (given or (old in start and not {old, new} & fixed)):
+            inside = old in start and not {old, new} & fixed
+            if uses[old] != i or shares_memory(node, registry) or not (given or inside):
                 continue
             same = values[old].type.bytes(sizes) == values[new].type.bytes(sizes)
             whole = roots[node.inputs[source].name] == node.inputs[source].name

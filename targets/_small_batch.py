@@ -53,6 +53,16 @@ def choose_experts(inputs: Tensors, outputs: Tensors, *, k: int, groups: int, ke
     return run
 
 
+def embedding(inputs: Tensors, outputs: Tensors, *, dtype: str) -> Call:
+    (tokens, w), (x,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
+    del dtype  # that of the output
+
+    def run() -> None:
+        x[:] = w[tokens]
+
+    return run
+
+
 def pick(inputs: Tensors, outputs: Tensors) -> Call:
     (s, e), (p,) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
     scores, chosen, picked = s.reshape(-1, s.shape[-1]), e.reshape(-1, e.shape[-1]), p.reshape(-1, p.shape[-1])
@@ -271,6 +281,7 @@ def _one_token_of_few_heads(inputs: Tensors, outputs: Tensors) -> bool:
 
 
 FEW: Mapping[str, tuple[Callable[..., Call], Callable[[Tensors, Tensors], bool]]] = {
+    "embedding": (embedding, lambda i, o: i[0].numel() <= MOST_TOKENS),
     "choose_experts": (choose_experts, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
     "pick": (pick, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),
     "dispatch": (dispatch, lambda i, o: _tokens(i[0]) <= MOST_TOKENS),

@@ -66,6 +66,7 @@ def test_attention_over_the_cache_at_any_position(position: int) -> None:
     attrs = {"dim": 8, "base": 1e4, "factor": 8.0, "original": 64, "beta_fast": 32.0, "beta_slow": 1.0}
     executed("positions_from", (torch.zeros(2, 2, dtype=torch.int64), start))
     executed("linear", (torch.randn(1, 1, 6, generator=g), torch.randn(9, 6, generator=g)))
+    executed("embedding", (torch.tensor([[2, 0]]), torch.randn(5, 6, generator=g)), dtype="f32")
     kv_b = torch.randn(3 * (4 + 5), 8, generator=g)
     executed("absorb_query", (torch.randn(1, 1, 3, 4, generator=g), kv_b))
     executed("absorb_value", (torch.randn(1, 1, 3, 8, generator=g), kv_b), value=5)

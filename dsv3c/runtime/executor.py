@@ -165,8 +165,9 @@ class Runner:
         if graph is not None:
             graph.replay()
             return
-        for call in self._again if accumulate else self._first:
-            call()
+        with torch.inference_mode():  # no gradient is ever asked of torch here, and its calls are cheaper so
+            for call in self._again if accumulate else self._first:
+                call()
 
     def capture(self, accumulates: bool = True) -> None:
         """Record `run`, and with `accumulates` also `run(accumulate=True)`, as CUDA graphs that `run` then replays.
@@ -179,7 +180,7 @@ class Runner:
         for accumulate, calls in ((False, self._first), (True, self._again))[: 1 + accumulates]:
             pool = self._graphs[False].pool() if self._graphs else None
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.inference_mode(), torch.cuda.graph(graph, pool=pool):
                 for call in calls:
                     call()
             self._graphs[accumulate] = graph
@@ -196,6 +197,7 @@ class Runner:
             spent[key] = spent.get(key, 0.0) + seconds
         return spent
 
+    @torch.inference_mode()
     def _timed(self) -> list[float]:
         """Seconds of each call of `first`: on a GPU by its own clock, work queued ahead so that it never waits."""
         if not self._on_gpu():
