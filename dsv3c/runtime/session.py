@@ -389,7 +389,3 @@ class Session:
             }
             self._graph(f"bias.{bias}", "update_bias", tensors, {"bias_next": self.weights.tensors[bias]}).run()
         return by_layer
-
-    def with_recipe(self, **changes: float) -> None:
-        """Replace recipe fields that are read each step (not those compiled into the optimizer's kernels)."""
-        self.recipe = dataclasses.replace(self.recipe, **changes)
