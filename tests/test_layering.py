@@ -20,11 +20,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(row.split())
     for row in (
         "errors files lazy discover dims ir",
-        "op rows target schedule tensors job",
+        "op rows target schedule schedules tensors job",
         "text verify build",
-        "ops interp rewrite state arena notes plan plandiff",
+        "ops interp rewrite state arena notes plan plandiff layout stages segments costs",
         "models passes targets",
-        "console pipeline plugins report runtime",
+        "console pipeline plugins report simulate picture runtime",
         "driver",
         "commands cli demo __init__ __main__",
     )
