@@ -44,9 +44,15 @@ def is_view(node: Node, registry: Registry) -> bool:
     return node.op != CALL and registry[node.op].view and pure(node, registry) and len(node.outputs) == 1
 
 
+def crosses_ranks(node: Node) -> bool:
+    """Whether `node` sends rows to other ranks."""
+    ranks = dict(node.attrs).get("ranks", 1)
+    return isinstance(ranks, int) and ranks > 1
+
+
 def shares_memory(node: Node, registry: Registry) -> bool:
     """Whether the output of `node` lies in its first input's memory: views, and on one rank also what sends rows."""
-    return node.op != CALL and registry[node.op].view and len(node.outputs) == 1
+    return node.op != CALL and registry[node.op].view and len(node.outputs) == 1 and not crosses_ranks(node)
 
 
 def called(graph: Graph) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from dsv3c import arena, pipeline
 from dsv3c.arena import Slot
 from dsv3c.ir import Program
 from dsv3c.ops import REGISTRY
-from dsv3c.runtime import executor
-from dsv3c.runtime.executor import Engine, Memory, Runner, prepare_graph, prepare_sequence
+from dsv3c.runtime.executor import Engine, prepare_graph, prepare_sequence
+from dsv3c.runtime.runner import Memory, Prepare, Runner
 from dsv3c.state import State
 from dsv3c.target import Implementation, Target
 from dsv3c.targets import find
@@ -38,7 +38,7 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 
 def engine(program: Program, target: Target = PLAIN,
-           kernels: Mapping[str, executor.Prepare] | None = None) -> Engine:  # fmt: skip
+           kernels: Mapping[str, Prepare] | None = None) -> Engine:  # fmt: skip
     return Engine(program, REGISTRY, target, kernels or {})
 
 

@@ -13,7 +13,7 @@ import torch
 import dsv3c
 from dsv3c.errors import InputError
 from dsv3c.ops import REGISTRY
-from dsv3c.runtime.executor import Memory, Runner
+from dsv3c.runtime.runner import Memory, Runner
 from dsv3c.targets import TARGETS, _cuda_text, find
 from dsv3c.targets._cuda_launch import width, words
 from dsv3c.targets._cuda_rows import in_slices

@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from dsv3c import interp
 from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
-from dsv3c.errors import WorkError
-from dsv3c.ir import Graph, IRError, Layer, Node, Program, Sequence, Value
+from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Value
 from dsv3c.op import Registry
-from dsv3c.rewrite import shares_memory
+from dsv3c.rewrite import crosses_ranks, shares_memory
+from dsv3c.runtime.runner import Call, Memory, Prepare, Runner, Step
 from dsv3c.target import Implementation, Target
 from dsv3c.tensors import torch_dtype
 
-PROFILE_HEAD_START = 200_000_000
-"""Cycles, about a tenth of a second, that a GPU waits while the calls of a profile are queued."""
-
-Call = Callable[[], None]
-Prepare = Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Call]
+PrepareNode: TypeAlias = Callable[[Node, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Call]
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What executing needs to know: the program, how its target implements ops, and the loaded region kernels."""
+    """What executing needs to know: the program, how its target implements ops, and the loaded region kernels.
+
+    `exchange` prepares what sends rows to other ranks (nodes for which `crosses_ranks` holds); one rank needs none.
+    """
 
     program: Program
     registry: Registry
     target: Target
     kernels: Mapping[str, Prepare]
+    exchange: PrepareNode | None = None
 
     def prepare(self, node: Node, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...],
                 accumulate: bool = False) -> Call:  # fmt: skip
@@ -42,6 +41,10 @@ class Engine:
             if name in self.kernels:
                 return self.kernels[name](inputs, outputs)
             return self._inline(self.program.graph(name), inputs, outputs)
+        if crosses_ranks(node):
+            if self.exchange is None:
+                raise IRError(f"{node.path}: {node.op} sends rows to other ranks, and there is one")
+            return self.exchange(node, inputs, outputs)
         implementation = self.target.implementations.get(node.op)
         if implementation is None:
             implementation = reference_implementation(self.registry, node.op)
@@ -106,137 +109,59 @@ def reference_implementation(registry: Registry, op: str) -> Implementation:
     return Implementation(op, prepare)
 
 
-@dataclass
-class Memory:
-    """One block of bytes, handed out as typed tensors at planned offsets."""
+@dataclass(frozen=True)
+class Blocks:
+    """The memory of a bound sequence: what layers hand on lies in `slots`, what stays inside a graph in the workspace
+    of the layer's phase. Phases that run at the same time need workspaces of their own."""
 
-    block: torch.Tensor
+    slots: Memory
+    workspace: Mapping[Phase, Memory]
 
     @classmethod
-    def allocate(cls, size: int, device: str) -> Memory:
-        """Raises WorkError if the device has not that much left."""
-        try:
-            return cls(torch.empty(max(size, 1), dtype=torch.uint8, device=device))
-        except torch.cuda.OutOfMemoryError as error:
-            free = torch.cuda.mem_get_info()[0] / 2**30
-            raise WorkError(
-                f"the plan needs {size / 2**30:.1f} GiB more for activations and the GPU has {free:.1f} GiB free; "
-                "compile with a smaller --micro-batch or --seq"
-            ) from error
-
-    def tensor(self, offset: int, v: Value, sizes: Mapping[str, int]) -> torch.Tensor:
-        """The tensor of type `v.type` that begins at `offset`."""
-        size = v.type.bytes(sizes)
-        return self.block[offset : offset + size].view(torch_dtype(v.type.dtype)).view(v.type.bound(sizes))
+    def allocate(cls, layout: SequenceLayout, device: str) -> Blocks:
+        """One block for both; all phases share the workspace."""
+        whole = Memory.allocate(layout.bytes, device)
+        behind = Memory(whole.block[layout.peak :])
+        return cls(whole, dict.fromkeys(Phase, behind))
 
 
-@dataclass
-class Step:
-    """One prepared call and where it comes from, for profiles."""
-
-    call: Call
-    layer: str
-    node: Node
+def stage_layout(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
+                 gradients: Mapping[str, torch.Tensor]) -> SequenceLayout:  # fmt: skip
+    """Where everything in `sequence` lies, if gradients are written to `gradients` wherever a node can."""
+    sinks = _sinks(engine, sequence, gradients)
+    return sequence_layout(engine.program, sequence, engine.registry, sizes, outside=lambda n: n in sinks)
 
 
-@dataclass
-class Runner:
-    """A sequence bound to tensors. `values` holds what layers hand on; results stay valid until the next run."""
-
-    first: list[Step] = field(default_factory=list)
-    again: list[Step] = field(default_factory=list)
-    values: dict[str, torch.Tensor] = field(default_factory=dict)
-    taps: dict[str, torch.Tensor] = field(default_factory=dict)
-    layout: SequenceLayout | None = None
-
-    def __post_init__(self) -> None:
-        self._first: list[Call] = []
-        self._again: list[Call] = []
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-
-    def finish(self) -> Runner:
-        self._first = [s.call for s in self.first]
-        self._again = [s.call for s in self.again]
-        return self
-
-    def run(self, accumulate: bool = False) -> None:
-        """Execute once; weight gradients are overwritten, or with `accumulate` added to."""
-        graph = self._graphs.get(accumulate)
-        if graph is not None:
-            graph.replay()
-            return
-        with torch.inference_mode():  # no gradient is ever asked of torch here, and its calls are cheaper so
-            for call in self._again if accumulate else self._first:
-                call()
-
-    def capture(self, accumulates: bool = True) -> None:
-        """Record `run`, and with `accumulates` also `run(accumulate=True)`, as CUDA graphs that `run` then replays.
-
-        Does nothing a second time, or without a GPU. The runner must have run before: what is made ready at the first
-        call may not be recorded.
-        """
-        if self._graphs or not self._on_gpu():
-            return
-        for accumulate, calls in ((False, self._first), (True, self._again))[: 1 + accumulates]:
-            pool = self._graphs[False].pool() if self._graphs else None
-            graph = torch.cuda.CUDAGraph()
-            with torch.inference_mode(), torch.cuda.graph(graph, pool=pool):
-                for call in calls:
-                    call()
-            self._graphs[accumulate] = graph
-
-    def _on_gpu(self) -> bool:
-        return any(t.is_cuda for t in self.values.values())
-
-    def profile(self) -> dict[tuple[str, str], float]:
-        """Execute once and give seconds by (op, path)."""
-        spent: dict[tuple[str, str], float] = {}
-        for step, seconds in zip(self.first, self._timed(), strict=True):
-            name = str(step.node.attr("graph")) if step.node.op == "call" else step.node.op
-            key = (name, f"{step.node.phase.value}:{step.node.path}")
-            spent[key] = spent.get(key, 0.0) + seconds
-        return spent
-
-    @torch.inference_mode()
-    def _timed(self) -> list[float]:
-        """Seconds of each call of `first`: on a GPU by its own clock, work queued ahead so that it never waits."""
-        if not self._on_gpu():
-            marks = [time.perf_counter()]
-            for step in self.first:
-                step.call()
-                marks.append(time.perf_counter())
-            return [b - a for a, b in itertools.pairwise(marks)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(self.first) + 1)]
-        torch.cuda._sleep(PROFILE_HEAD_START)
-        events[0].record()
-        for step, event in zip(self.first, events[1:], strict=True):
-            step.call()
-            event.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
+def workspace_bytes(program: Program, sequence: Sequence, layout: SequenceLayout) -> dict[Phase, int]:
+    """The largest workspace that a layer of each phase needs."""
+    needs = dict.fromkeys(Phase, 0)
+    for layer in sequence.layers:
+        needs[layer.phase] = max(needs[layer.phase], layout.graphs[layer.graph].peak)
+    return needs
 
 
 def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
                      tensors: Mapping[str, torch.Tensor],
-                     gradients: Mapping[str, torch.Tensor] | None = None,
-                     taps: Iterable[str] = ()) -> Runner:  # fmt: skip
+                     gradients: Mapping[str, torch.Tensor] | None = None, taps: Iterable[str] = (),
+                     blocks: Blocks | None = None) -> Runner:  # fmt: skip
     """Bind `sequence` to memory.
 
     `tensors`: its inputs and all weights, by name. `gradients`: for each weight the tensor that its gradient is
     written to (needed if the sequence has gradients). `taps`: names of values inside graphs whose tensor is copied
-    each time to `Runner.taps["LAYER:NAME"]`.
+    each time to `Runner.taps["LAYER:NAME"]`. `blocks`: memory to use instead of newly allocated one; then gradients
+    are only ever added to.
     """
     gradients = gradients or {}
-    sinks = _sinks(engine, sequence, gradients)
-    layout = sequence_layout(engine.program, sequence, engine.registry, sizes, outside=lambda n: n in sinks)
+    layout = stage_layout(engine, sequence, sizes, gradients)
     device = next(iter(tensors.values())).device
-    memory = Memory.allocate(layout.bytes, str(device))
+    sinks = _sinks(engine, sequence, gradients)
     runner = Runner(layout=layout)
     runner.values = {name: tensors[name] for name in sequence.inputs if name in tensors}
+    memory = blocks or Blocks.allocate(layout, str(device))
     binder = _Binder(engine, layout, memory, sizes, dict(tensors), sinks, frozenset(taps), runner)
     offsets = {s.name: s.offset for s in layout.slots}
     parts = {name: weight for name, weight in sequence.gradients if name not in sinks}
-    written: set[str] = set()
+    written: set[str] = set() if blocks is None else set(gradients)
     for layer in sequence.layers:
         binder.layer(layer, offsets, written)
         for name in layer.outputs:
@@ -249,9 +174,10 @@ def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int
 
 def _add_part(runner: Runner, part: torch.Tensor, total: torch.Tensor, add: bool, layer: Layer, engine: Engine) -> None:
     """A gradient that could not be written in place is copied or added to the weight's gradient."""
-    node = engine.program.graph(layer.graph).nodes[-1]
-    runner.first.append(Step((lambda: total.add_(part)) if add else (lambda: total.copy_(part)), layer.name, node))  # type: ignore[arg-type]
-    runner.again.append(Step(lambda: total.add_(part), layer.name, node))  # type: ignore[arg-type]
+    nodes = engine.program.graph(layer.graph).nodes
+    at = (layer.name, nodes[-1], layer.phase, len(nodes) - 1)
+    runner.first.append(Step((lambda: total.add_(part)) if add else (lambda: total.copy_(part)), *at))  # type: ignore[arg-type]
+    runner.again.append(Step(lambda: total.add_(part), *at))  # type: ignore[arg-type]
 
 
 def _sinks(
@@ -274,11 +200,15 @@ def _sinks(
     return sinks
 
 
+Place: TypeAlias = tuple[str, Node, Phase, int]
+"""The layer, the node, the layer's phase, and which of its graph's nodes this is."""
+
+
 @dataclass
 class _Binder:
     engine: Engine
     layout: SequenceLayout
-    memory: Memory
+    memory: Blocks
     sizes: Mapping[str, int]
     tensors: dict[str, torch.Tensor]
     sinks: Mapping[str, tuple[str, torch.Tensor]]
@@ -290,7 +220,8 @@ class _Binder:
         graph = self.engine.program.graph(layer.graph)
         inner = self.layout.graphs[graph.name]
         local = {v.name: self.tensors[n] for v, n in zip(graph.params, layer.inputs + layer.weights, strict=True)}
-        slots = {s.name: self.layout.peak + s.offset for s in inner.slots}
+        slots = {s.name: s.offset for s in inner.slots}
+        workspace = self.memory.workspace[layer.phase]
         sinks: dict[str, tuple[str, torch.Tensor]] = {}
         escaping: dict[str, int] = {}
         for v, name in zip(graph.results, layer.outputs, strict=True):
@@ -299,47 +230,49 @@ class _Binder:
                 sinks[v.name] = self.sinks[name]
             elif inner.roots[v.name] not in local:
                 escaping[inner.roots[v.name]] = offsets[root]
-        for node in graph.nodes:
+        for index, node in enumerate(graph.nodes):
+            at = (layer.name, node, layer.phase, index)
             inputs = tuple(local[v.name] for v in node.inputs)
             if shares_memory(node, self.engine.registry):
                 local.update(self.engine._views(node, inputs))
             elif len(node.outputs) == 1 and node.output.name in sinks:
-                self._sink(layer, node, inputs, sinks[node.output.name], written)
+                self._sink(at, inputs, sinks[node.output.name], written)
                 local[node.output.name] = sinks[node.output.name][1]
             else:
-                outputs = tuple(self._place(v, inner, slots, escaping, local) for v in node.outputs)
+                outputs = tuple(self._place(v, inner, slots, escaping, local, workspace) for v in node.outputs)
                 local.update((v.name, t) for v, t in zip(node.outputs, outputs, strict=True))
-                step = Step(self.engine.prepare(node, inputs, outputs), layer.name, node)
+                step = Step(self.engine.prepare(node, inputs, outputs), *at)
                 self.runner.first.append(step)
                 self.runner.again.append(step)
             for v in node.outputs:
                 if v.name in self.taps:
-                    self._tap(layer, node, v, local[v.name])
+                    self._tap(at, v, local[v.name])
         for v, name in zip(graph.results, layer.outputs, strict=True):
             self.tensors[name] = local[v.name]
 
     def _place(self, v: Value, inner: GraphLayout, slots: Mapping[str, int], escaping: Mapping[str, int],
-               local: Mapping[str, torch.Tensor]) -> torch.Tensor:  # fmt: skip
+               local: Mapping[str, torch.Tensor], workspace: Memory) -> torch.Tensor:  # fmt: skip
         root = inner.roots[v.name]
         if root in slots:
-            return self.memory.tensor(slots[root], v, self.sizes)
+            return workspace.tensor(slots[root], v, self.sizes)
         if root in escaping:
-            return self.memory.tensor(escaping[root], v, self.sizes)
+            return self.memory.slots.tensor(escaping[root], v, self.sizes)
         return local[root]
 
-    def _sink(self, layer: Layer, node: Node, inputs: tuple[torch.Tensor, ...], sink: tuple[str, torch.Tensor],
+    def _sink(self, at: Place, inputs: tuple[torch.Tensor, ...], sink: tuple[str, torch.Tensor],
               written: set[str]) -> None:  # fmt: skip
         weight, target = sink
-        add = Step(self.engine.prepare(node, inputs, (target,), accumulate=True), layer.name, node)
-        first = add if weight in written else Step(self.engine.prepare(node, inputs, (target,)), layer.name, node)
+        node = at[1]
+        add = Step(self.engine.prepare(node, inputs, (target,), accumulate=True), *at)
+        first = add if weight in written else Step(self.engine.prepare(node, inputs, (target,)), *at)
         written.add(weight)
         self.runner.first.append(first)
         self.runner.again.append(add)
 
-    def _tap(self, layer: Layer, node: Node, v: Value, tensor: torch.Tensor) -> None:
+    def _tap(self, at: Place, v: Value, tensor: torch.Tensor) -> None:
         copy = torch.empty_like(tensor)
-        self.runner.taps[f"{layer.name}:{v.name}"] = copy
-        step = Step(lambda: copy.copy_(tensor), layer.name, node)  # type: ignore[arg-type]
+        self.runner.taps[f"{at[0]}:{v.name}"] = copy
+        step = Step(lambda: copy.copy_(tensor), *at)  # type: ignore[arg-type]
         self.runner.first.append(step)
         self.runner.again.append(step)
 

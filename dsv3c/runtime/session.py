@@ -17,8 +17,9 @@ from dsv3c.models.checkpoint import hf_tensors
 from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Plan
-from dsv3c.runtime.executor import Engine, Runner, prepare_graph, prepare_sequence
+from dsv3c.runtime.executor import Engine, prepare_graph, prepare_sequence
 from dsv3c.runtime.hf import load_hf, save_hf
+from dsv3c.runtime.runner import Runner
 from dsv3c.runtime.sampling import Sampling, sample
 from dsv3c.runtime.weights import Weights
 from dsv3c.target import Target
