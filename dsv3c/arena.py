@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsv3c.ir import Graph, Program, Sequence, Value
+from dsv3c.ir import Graph, Phase, Program, Sequence, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import Registry
 from dsv3c.rewrite import shares_memory
@@ -180,8 +180,11 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
             end[root] = max(end.get(root, i), i)
     for name in sequence.results:
         end[roots[name]] = len(sequence.layers)
+    backward = next((i for i, layer in enumerate(sequence.layers) if layer.phase is not Phase.F), 0)
     for name, _weight in sequence.gradients:
-        end[roots[name]] = len(sequence.layers) if not outside(name) else end[roots[name]]
+        if not outside(name):  # an overlapped schedule may compute a weight gradient before the rest of backward
+            root = roots[name]
+            start[root], end[root] = min(start.get(root, backward), backward), len(sequence.layers)
     wanted = [(r, values[r].type.bytes(sizes), start[r], end[r]) for r in start if not outside(r)]
     slots, peak = place(wanted)
     workspace = max((g.peak for g in graphs.values()), default=0)
