@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,8 +14,11 @@ from dsv3c.errors import WorkError
 from dsv3c.ir import DTYPES, DType, Graph
 from dsv3c.lazy import lazy
 from dsv3c.ops import REGISTRY
+from dsv3c.rows import Operand, Row
 from dsv3c.target import Kernel, KernelFile
-from dsv3c.targets._regions import RegionOperand, compose
+from dsv3c.targets._regions import RegionOperand, RegionProgram, compose
+from dsv3c.targets._row_stages import children
+from dsv3c.targets._triton_blocks import ELEMENTWISE
 from dsv3c.targets._triton_build import ARCH, Entry, Prepared, compile_source, driver, triton_version
 from dsv3c.targets._triton_interpreter import Launch, module_of
 from dsv3c.targets._triton_math import POINTER
@@ -62,10 +66,45 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str) -> Kern
         ("operands", " ".join(f"{o.kind}:{o.cols}:{o.dtype}" for o in program.operands)),
         ("results", " ".join(f"{r.kind}:{r.cols}:{r.dtype}" for r in program.results)),
         ("sums", " ".join(map(str, script.sums))),
+        ("in_place", " ".join(f"{i}:{k}" for i, k in in_place(program, script.text))),
     )
     digest = hashlib.sha256(script.text.encode()).hexdigest()[:8]
     signature = tuple(str(v.type) for v in (*region.params, *region.results))
     return Kernel(f"{entry}_{digest}", region.name, "triton", signature, tuple(files), launch)
+
+
+def in_place(program: RegionProgram, text: str) -> tuple[tuple[int, int], ...]:
+    """(operand, result) pairs that may be one tensor: what is stored of the result in a place depends, column by
+    column, on what was loaded of the operand from there, and nothing is loaded of the operand but that, once."""
+    found: list[tuple[int, int]] = []
+    for i, operand in enumerate(program.operands):
+        place = rf"tl\.load\(x{i} \+ x{i}_at(.*?)(?:, mask=.*?)?\)(?:\.to\(.*\))?$"
+        loads = list(re.finditer(place, text, re.MULTILINE))
+        if operand.kind != "row" or len(loads) != 1 or len(re.findall(rf"\bx{i}\b", text)) != 2:
+            continue
+        for k, result in enumerate(program.results):
+            if (result.kind, result.cols, result.dtype) != ("row", operand.cols, operand.dtype):
+                continue
+            stores = list(re.finditer(rf"tl\.store\(y{k} \+ y{k}_at(.*?), t?\d", text))
+            once = len(stores) == 1 and len(re.findall(rf"\by{k}\b", text)) == 2
+            there = once and loads[0].end() < stores[0].start() and loads[0][1] == stores[0][1]
+            if there and _column_by_column(result.row, i):
+                found.append((i, k))
+    return tuple(found)
+
+
+def _column_by_column(row: Row, index: int) -> bool:
+    """Whether each column of `row` depends on that column of operand `index`."""
+    stack, seen = [row], {row}
+    while stack:
+        at = stack.pop()
+        if isinstance(at, Operand) and at.index == index:
+            return True
+        if isinstance(at, ELEMENTWISE):
+            more = [c for c in children(at) if c.cols == row.cols and c not in seen]
+            seen.update(more)
+            stack += more
+    return False
 
 
 def _entries(script: Script, results: tuple[DType, ...]) -> tuple[Entry, ...]:
@@ -114,11 +153,14 @@ class RegionLauncher:
         self.operands = tuple(map(_parse, str(facts["operands"]).split()))
         self.results = tuple(map(_parse, str(facts["results"]).split()))
         self.sums = tuple(map(int, str(facts["sums"]).split()))
+        pairs = (p.split(":") for p in str(facts.get("in_place", "")).split())
+        self.in_place = frozenset((int(i), int(k)) for i, k in pairs)
         self._partial: dict[tuple[int, str], torch.Tensor] = {}
 
     def bind(self, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Bound:
         """Views, strides and grids for these tensors. A tensor whose layout the kernel cannot walk, or an input that
-        shares memory with an output, goes through a copy. Raises WorkError if shapes or element types do not fit."""
+        shares memory with an output, goes through a copy, unless the two are the same tensor and the kernel reads
+        each number before it writes it. Raises WorkError if shapes or element types do not fit."""
         expected = (*self.operands, *self.results)
         self._check((*inputs, *outputs), expected)
         rows, inner = self._count((*inputs, *outputs), expected)
@@ -138,7 +180,9 @@ class RegionLauncher:
                 k = i - len(inputs)
                 values[f"part{k}"] = (len(tensors),)
                 tensors.append(self._scratch(k, e.cols, t.device))
-            clobbered = not output and any(_overlap(t, o) for o in outputs)
+            clobbered = not output and any(
+                _overlap(t, o) and not ((i, k) in self.in_place and _same(t, o)) for k, o in enumerate(outputs)
+            )
             view = None if clobbered else self._view(name, t, e, rows, inner)
             if view is None:
                 copy = torch.empty(t.shape, dtype=t.dtype, device=t.device)
@@ -234,6 +278,10 @@ def _strides(view: torch.Tensor, e: RegionOperand, rows: int, inner: int) -> tup
 def _extent(t: torch.Tensor) -> tuple[int, int]:
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -10,9 +10,8 @@ from dsv3c.target import Machine, Target
 from dsv3c.targets._cuda_attention import ATTENTION
 from dsv3c.targets._cuda_fp8 import FP8
 from dsv3c.targets._cuda_matrix import MATRIX
-from dsv3c.targets._cuda_rows import load
 from dsv3c.targets._cuda_tokens import TOKENS
-from dsv3c.targets._triton_kernel import region_kernel
+from dsv3c.targets._triton_kernel import load_kernel, region_kernel
 
 GIB = 2**30
 
@@ -52,7 +51,7 @@ def _hopper(machine: Machine, doc: str) -> Target:
         expert_alignment=expert_alignment,
         generate=region_kernel,
         implementations={i.op: i for i in (*MATRIX, *FP8, *ATTENTION, *TOKENS)},
-        load=load,
+        load=load_kernel,
     )
 
 

@@ -16,7 +16,6 @@ from dsv3c.ops import REGISTRY
 from dsv3c.runtime.runner import Memory, Runner
 from dsv3c.targets import TARGETS, _cuda_text, find
 from dsv3c.targets._cuda_launch import width, words
-from dsv3c.targets._cuda_rows import in_slices
 from dsv3c.targets._triton_build import Entry, compile_source, resources
 
 GPU = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -58,26 +57,6 @@ def test_words_are_bytes_where_rows_are_not_whole_words() -> None:
 
 def test_width_covers_all_columns_up_to_a_limit() -> None:
     assert [width(n, 1024) for n in (1, 2, 3, 576, 1024, 7168)] == [1, 2, 4, 1024, 1024, 1024]
-
-
-@pytest.mark.parametrize("rows, limit", [(7, 16), (8, 32), (5, 1), (4, 2**20)])
-def test_results_on_large_operands_are_made_in_slices(rows: int, limit: int) -> None:
-    sizes: list[int] = []
-
-    def prepare(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Callable[[], None]:
-        x, factor = (t.clone() for t in inputs)
-        sizes.append(len(x))
-
-        def run() -> None:
-            torch.mul(x, factor, out=outputs[0])
-
-        return run
-
-    x = torch.arange(rows * 2, dtype=F32).view(rows, 2)
-    wanted = x * 3
-    in_slices(prepare, ("row", "single"), ("row",), limit)((x, torch.tensor(3.0)), (x,))()
-    assert torch.equal(x, wanted)
-    assert sum(sizes) == rows and max(sizes) == min(rows, max(1, limit // 8))
 
 
 MATRIX, FLOAT, BYTES, WORD, LONG, NUMBER = "*bf16", "*fp32", "*fp8e4nv", "*i32", "*i64", "i32"
