@@ -44,7 +44,8 @@ def test_the_optimizer_may_write_its_state_where_it_lies(cols: int) -> None:
 
 def test_what_reads_other_columns_or_reads_twice_may_not() -> None:
     rows = Type(F32, (4, 64))
-    assert pairs(single("rotary", rows, *(Type(F32, (4, 32)),) * 2, interleave=True, inverse=False)) == ()
+    turned, angles = Type(F32, (1, 4, 64)), Type(F32, (1, 4, 32))
+    assert pairs(single("rotary", turned, angles, angles, interleave=True, inverse=False)) == ()
     assert pairs(single("rms_norm", Type(F32, (4, 40000)), Type(F32, (40000,)), eps=1e-6)) == ()
     assert pairs(single("rms_norm", rows, Type(F32, (64,)), eps=1e-6)) == ((0, 0),)
     assert pairs(single("cast", rows, dtype="bf16")) == ()
