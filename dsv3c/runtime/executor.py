@@ -247,6 +247,7 @@ class _Binder:
             for v in node.outputs:
                 if v.name in self.taps:
                     self._tap(at, v, local[v.name])
+        self.runner.bindings[layer.name, layer.phase] = local
         for v, name in zip(graph.results, layer.outputs, strict=True):
             self.tensors[name] = local[v.name]
 

@@ -58,12 +58,16 @@ class Step:
 
 @dataclass
 class Runner:
-    """A sequence bound to tensors. `values` holds what layers hand on; results stay valid until the next run."""
+    """A sequence bound to tensors. `values` holds what layers hand on; results stay valid until the next run.
+
+    `bindings`: for each layer and phase the tensor of every value of its graph.
+    """
 
     first: list[Step] = field(default_factory=list)
     again: list[Step] = field(default_factory=list)
     values: dict[str, torch.Tensor] = field(default_factory=dict)
     taps: dict[str, torch.Tensor] = field(default_factory=dict)
+    bindings: dict[tuple[str, Phase], dict[str, torch.Tensor]] = field(default_factory=dict)
     layout: SequenceLayout | None = None
 
     def __post_init__(self) -> None:
