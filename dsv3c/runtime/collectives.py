@@ -1,0 +1,173 @@
+"""What ranks say to each other: groups, pipeline channels, and shards gathered and summed in a fixed order.
+
+The same calls run on gloo, where waiting blocks the host, and on NCCL, where it makes the current stream wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from dsv3c.errors import WorkError
+from dsv3c.tensors import wide
+
+CHANNELS = ("f0", "b0", "f1", "b1")
+"""Forward and backward of each of DualPipe's two directions. In one channel all messages of a pair go one way."""
+
+CHUNK_BYTES = 64 << 20
+"""Temporary memory of one step of `exchange_shards`."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some ranks, ascending, and this rank's place among them; `handle` is None for a group of one."""
+
+    ranks: tuple[int, ...]
+    index: int
+    handle: dist.ProcessGroup | None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+
+@dataclass
+class Pending:
+    """Transfers under way. Their tensors must live, and those sent stay unchanged, until `wait`."""
+
+    works: list[dist.Work] = field(default_factory=list)
+    peers: str = ""
+    tensors: tuple[torch.Tensor, ...] = ()
+
+    def wait(self) -> None:
+        """Block the host (gloo) or the current stream (NCCL) until done. Raises WorkError if a peer is lost."""
+        try:
+            for work in self.works:
+                work.wait()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise WorkError(f"a transfer with {self.peers} failed: {reason}; is that rank still running?") from error
+        self.works, self.tensors = [], ()
+
+
+def swap(group: Group, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]]) -> Pending:
+    """Send `sends[i]` to member i and fill `receives[i]` with what it sends here, all at once; own part is copied.
+
+    All tensors are contiguous; the tensors of two members match in order and bytes, and empty ones are skipped on
+    both sides.
+    """
+    for a, b in zip(sends[group.index], receives[group.index], strict=True):
+        if a.numel():
+            b.copy_(a)
+    if group.handle is None:
+        return Pending()
+    steps: list[dist.P2POp] = []
+    others = [(group.index + i) % group.size for i in range(1, group.size)]
+    for i in others:
+        steps += [dist.P2POp(dist.irecv, _bytes(t), group=group.handle, group_peer=i) for t in receives[i] if t.numel()]
+    for i in others:
+        steps += [dist.P2POp(dist.isend, _bytes(t), group=group.handle, group_peer=i) for t in sends[i] if t.numel()]
+    return _begin(steps, f"one of the ranks {', '.join(str(group.ranks[i]) for i in sorted(others))}")
+
+
+def _bytes(t: torch.Tensor) -> torch.Tensor:
+    """The bytes of a contiguous tensor: a form that every backend sends, whatever the element type."""
+    return t.view(-1).view(torch.uint8)
+
+
+def _begin(steps: list[dist.P2POp], peers: str) -> Pending:
+    if not steps:
+        return Pending()
+    try:
+        works = dist.batch_isend_irecv(steps)
+    except RuntimeError as error:
+        raise WorkError(f"a transfer with {peers} failed: {str(error).strip().splitlines()[0]}") from error
+    return Pending(works, peers, tuple(s.tensor for s in steps))
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One kind of message along a pipeline. `pairs`: for each neighbour's pp index, the group of the two ranks.
+
+    Sends begin at once and are waited for before their tensors are overwritten; receives may be posted ahead. It
+    never blocks for good if on each directed pair both sides post the same messages in the same order, and no rank
+    waits for a message before it posted what that message depends on: pairs and channels do not wait for each other.
+    A posted receive on NCCL occupies its SMs until the message came: post it when its sender is about to send.
+    """
+
+    name: str
+    pairs: Mapping[int, Group]
+
+    def send(self, tensors: Sequence[torch.Tensor], peer: int) -> Pending:
+        """Begin to send contiguous `tensors` to the rank with pp index `peer`."""
+        return self._post(dist.isend, tensors, peer)
+
+    def recv(self, tensors: Sequence[torch.Tensor], peer: int) -> Pending:
+        """Begin to fill contiguous `tensors` with the next message from the rank with pp index `peer`."""
+        return self._post(dist.irecv, tensors, peer)
+
+    def _post(self, way: object, tensors: Sequence[torch.Tensor], peer: int) -> Pending:
+        pair = self.pairs[peer]
+        other = 1 - pair.index
+        steps = [dist.P2POp(way, _bytes(t), group=pair.handle, group_peer=other) for t in tensors if t.numel()]  # type: ignore[arg-type]
+        return _begin(steps, f"rank {pair.ranks[other]} (channel {self.name})")
+
+
+def gather_shards(flat: torch.Tensor, shard: torch.Tensor, group: Group) -> None:
+    """Fill the flat buffer with the equal shards of all members, in their order; `shard` may be its part of `flat`."""
+    own = _shards(flat, group)[group.index]
+    if own.data_ptr() != shard.data_ptr():
+        own.copy_(shard.view(-1))
+    if group.handle is None:
+        return
+    if flat.is_cuda:
+        dist.all_gather_into_tensor(flat.view(-1), own, group=group.handle)
+        return
+    parts = _shards(flat, group)
+    swap(group, [[own]] * group.size, [[p] for p in parts]).wait()
+
+
+def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_bytes: int = CHUNK_BYTES) -> None:
+    """out = the sum over members, in their order, of this rank's shard of each member's flat buffer.
+
+    Sums are taken in float32, in float64 for float64, so that bits repeat; at most about `chunk_bytes` of temporary
+    memory. `out` may be this rank's shard of `flat`.
+    """
+    shards, target = _shards(flat, group), out.view(-1)
+    count = target.numel()
+    if group.handle is None:
+        if target.data_ptr() != shards[0].data_ptr():
+            target.copy_(shards[0])
+        return
+    step = max(1, chunk_bytes // (2 * group.size * flat.element_size()))
+    rooms = [torch.empty(group.size, min(step, count), dtype=flat.dtype, device=flat.device) for _ in range(2)]
+    under_way: list[tuple[slice, torch.Tensor, Pending]] = []
+
+    def finish() -> None:
+        part, room, pending = under_way.pop(0)
+        pending.wait()
+        total = wide(room[0]).clone()
+        for i in range(1, group.size):
+            total += room[i]
+        target[part] = total
+
+    for number, begin in enumerate(range(0, count, step)):
+        part = slice(begin, min(begin + step, count))
+        room = rooms[number % 2][:, : part.stop - part.start]
+        sends = [[s[part]] for s in shards]
+        receives = [[room[i]] for i in range(group.size)]
+        under_way.append((part, room, swap(group, sends, receives)))
+        if len(under_way) == 2:
+            finish()
+    while under_way:
+        finish()
+
+
+def _shards(flat: torch.Tensor, group: Group) -> tuple[torch.Tensor, ...]:
+    """The flat buffer in as many equal parts as the group has members."""
+    size, rest = divmod(flat.numel(), group.size)
+    assert rest == 0, f"{flat.numel()} numbers do not divide into {group.size} shards"
+    return flat.view(-1).split(size) if size else (flat.view(-1),) * group.size
