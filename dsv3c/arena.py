@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dsv3c.ir import Graph, Phase, Program, Sequence, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import Registry
-from dsv3c.rewrite import shares_memory
+from dsv3c.rewrite import crosses_ranks, shares_memory
 
 if TYPE_CHECKING:
     import numpy
@@ -102,7 +102,7 @@ def graph_layout(graph: Graph, registry: Registry, sizes: Mapping[str, int],
         for v in node.outputs:
             if roots[v.name] == v.name:
                 start[v.name] = i
-        if node.op == "call":
+        if node.op == "call" or crosses_ranks(node):
             continue
         for source, target in registry[node.op].aliases:
             old, new = roots[node.inputs[source].name], node.outputs[target].name

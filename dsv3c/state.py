@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
 
+from dsv3c.capacity import capacity
 from dsv3c.ir import IRError, Program
 from dsv3c.job import Job, Mesh
 from dsv3c.op import Registry
@@ -103,8 +104,9 @@ class State:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The value of each dimension symbol that has one."""
-        return {**(self.job.sizes if self.job else {}), **dict(self.symbol_sizes)}
+        """The value of each dimension symbol that has one; rows of experts at balanced load."""
+        given = {**(self.job.sizes if self.job else {}), **dict(self.symbol_sizes)}
+        return {**capacity(self.program, given), **given}
 
     def but(self, **changes: object) -> State:
         """A copy with some fields replaced."""

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import networkx
 
 from dsv3c.arena import show_bytes
-from dsv3c.dims import bind
+from dsv3c.costs import Times
 from dsv3c.errors import InputError
-from dsv3c.ir import Graph, Node, Phase, Type, Value
+from dsv3c.ir import Graph, Node, Phase, Value
 from dsv3c.op import Registry
 from dsv3c.passes.cut import hoisted_inputs
 from dsv3c.passes.differentiate import JOINT
 from dsv3c.passes.fuse import hands_rows, is_rowwise
-from dsv3c.rewrite import fresh, is_view, place_of, pure
+from dsv3c.rewrite import crosses_ranks, fresh, is_view, place_of, pure
 from dsv3c.state import Pass, State, TakeNote
-from dsv3c.target import Machine
 
 GIB = 2**30
 UNITS = 10**18
@@ -94,40 +92,6 @@ def needed_values(graph: Graph) -> tuple[Value, ...]:
     cotangents = {f"d_{v.name}" for v in graph.results}
     made_later = {v.name for n in graph.nodes if n.phase is not Phase.F for v in n.outputs}
     return tuple(v for v in graph.values() if v.name in read - weights - cotangents - made_later)
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """How long nodes take: the longest of arithmetic and memory traffic, and the start of a kernel."""
-
-    registry: Registry
-    sizes: Mapping[str, int]
-    machine: Machine
-
-    def seconds(self, node: Node, handed: tuple[Value, ...] = (), fused: Collection[str] = ()) -> float:
-        """Time of one node; a view takes none.
-
-        Of the inputs `handed`, which row-wise producers hand over, those called `fused` are made in the same kernel:
-        they are not read from memory, and if the first is among them no kernel starts.
-        """
-        op = self.registry[node.op]
-        if op.view:
-            return 0.0
-        inputs, outputs = (tuple(Type(v.type.dtype, v.type.bound(self.sizes)) for v in values)
-                           for values in (node.inputs, node.outputs))  # fmt: skip
-        cost = op.cost(inputs, outputs, **dict(node.attrs))
-        own = max(0, bind(cost.bytes, {}) - sum(v.type.bytes(self.sizes) for v in handed))
-        parts = (
-            bind(cost.flops, {}) / self.machine.matrix_rate(node.inputs[0].type.dtype),
-            bind(cost.vector_flops, {}) / self.machine.vector_flops,
-            own / self.machine.memory_bandwidth,
-        )
-        start = 0.0 if handed and handed[0].name in fused else self.machine.latency
-        return max(parts) + start + sum(self.reading(v) for v in handed if v.name not in fused)
-
-    def reading(self, v: Value) -> float:
-        """Time to read `v` from memory."""
-        return v.type.bytes(self.sizes) / self.machine.memory_bandwidth
 
 
 def handed_over(node: Node, graph: Graph, registry: Registry) -> tuple[Value, ...]:

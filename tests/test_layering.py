@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors files lazy discover dims ir",
         "op rows target schedule schedules tensors job",
         "text verify build",
-        "ops interp rewrite state arena notes plan plandiff layout stages segments costs",
+        "ops interp rewrite capacity state arena notes plan plandiff layout stages segments costs",
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",
         "driver",

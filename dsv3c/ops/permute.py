@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dsv3c.build import Builder
-from dsv3c.dims import add, multiply, same
-from dsv3c.ir import DType, Node, Type, Value
+from dsv3c.dims import add, multiply, same, symbol
+from dsv3c.ir import DType, IRError, Node, Type, Value
 from dsv3c.lazy import lazy
 from dsv3c.op import (
     NO_GRADIENT,
@@ -36,21 +36,23 @@ TOKENS, K, EXPERTS, ALIGN = 5, 2, 4, 4
 ROWS = TOKENS * K + EXPERTS * (ALIGN - 1)  # whole blocks already
 
 
-def _padding(experts: int, align: int) -> int:
+def padding(experts: int, align: int) -> int:
     """Rows enough for each expert to fill its last block, in whole blocks, so that strides over rows stay aligned."""
     return -(-experts * (align - 1) // align) * align
 
 
-def _infer_sort(e: Type, *, experts: int, align: int) -> tuple[Type, ...]:
+def _infer_sort(e: Type, *, experts: int, align: int, rows: str = "") -> tuple[Type, ...]:
     expect_integer(e)
     expect(e.rank == 2, f"expected choices [tokens, k], got {e}")
     expect(experts >= 1, f"the number of experts must be at least 1, got {experts}")
     expect(align >= 1, f"the alignment must be at least 1 row, got {align}")
-    rows = add(multiply(*e.shape), _padding(experts, align))
-    return Type(DType.i32, (experts + 1,)), Type(DType.i32, e.shape), Type(DType.i32, (rows,))
+    if not isinstance(rows, str) or (rows and not rows.isidentifier()):
+        raise IRError(f"rows={rows!r} is not the name of a symbol")
+    total = symbol(rows) if rows else add(multiply(*e.shape), padding(experts, align))
+    return Type(DType.i32, (experts + 1,)), Type(DType.i32, e.shape), Type(DType.i32, (total,))
 
 
-def _sort(e: torch.Tensor, *, experts: int, align: int) -> tuple[torch.Tensor, ...]:
+def _sort(e: torch.Tensor, *, experts: int, align: int, rows: str = "") -> tuple[torch.Tensor, ...]:
     flat = e.flatten().long()
     key = torch.where(flat < 0, experts, flat)
     order = key.argsort(stable=True)
@@ -61,13 +63,14 @@ def _sort(e: torch.Tensor, *, experts: int, align: int) -> tuple[torch.Tensor, .
     expert = flat[order]
     row = offsets[expert] + torch.arange(len(order), device=e.device) - first[expert]
     slot = torch.full_like(flat, -1).scatter(0, order, row)
-    source = flat.new_full((flat.numel() + _padding(experts, align),), -1).scatter(0, row, order)
+    source = flat.new_full((flat.numel() + padding(experts, align),), -1).scatter(0, row, order)
     return offsets.int(), slot.view(e.shape).int(), source.int()
 
 
 SORT_BY_EXPERT = OpDef(
     name="sort_by_expert",
-    doc="For choices e[D, k]: each expert's first row (a multiple of `align`), each choice's row, each row's choice.",
+    doc="For choices e[D, k], -1 where there is none: each expert's first row (a multiple of `align`), each choice's "
+    "row, each row's choice. There are `rows` rows, a symbol; left out, enough for every choice.",
     infer=_infer_sort,
     reference=_sort,
     cost=io_cost,
@@ -98,6 +101,8 @@ def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x[index] along the first axis; 0 where the index is negative."""
     if x.dtype == torch.float8_e4m3fn:  # torch gathers bytes, not float8; zero is the same byte
         return _gather(x.view(torch.uint8), index).view(x.dtype)
+    if not len(x):
+        return x.new_zeros(*index.shape, *x.shape[1:])
     rows = x[index.clamp(min=0).long()]
     return rows.masked_fill((index < 0).view(*index.shape, *[1] * (x.dim() - 1)), 0)
 
@@ -126,7 +131,7 @@ def _vjp_permute(b: Builder, node: Node, dy: Value) -> tuple[Value | None, ...]:
 
 def _sample(shape: tuple[int, ...], slot_first: bool, dtype: DType = DType.f64, align: int = ALIGN) -> Sample:
     """A tensor of `shape` and the maps of random choices, one of which is on another rank."""
-    rows = TOKENS * K + _padding(EXPERTS, align)
+    rows = TOKENS * K + padding(EXPERTS, align)
 
     def draw(generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         x = torch.randn(shape, generator=generator, dtype=torch.float64)

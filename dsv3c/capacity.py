@@ -1,0 +1,69 @@
+"""How many rows of experts the buffers of a rank hold: closed forms of tokens, choices, ranks and headroom."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from dsv3c.dims import bind, multiply
+from dsv3c.ir import Node, Program
+from dsv3c.ops.permute import padding
+from dsv3c.rewrite import crosses_ranks
+
+ROUNDED = 128
+"""Capacities are multiples of this many rows, so that no tile of a product ends beyond them."""
+
+
+def capacity(program: Program, sizes: Mapping[str, int], headroom: float = 1.0) -> dict[str, int]:
+    """The size of each symbol that counts rows received from other ranks (D) or rows sorted by expert (R).
+
+    With T tokens on a rank, k choices of E experts, n ranks, and at most m of them for one token:
+    D = min(n·T, headroom·T·m), R = min(n·T·min(k, E/n), headroom·T·k) and each expert's padding, rounded up. If more
+    arrive, they come in several rounds. `headroom` 1 is balanced load; `sizes` are those of the other symbols.
+    """
+    found: dict[str, int] = {}
+    sends = {str(n.attr("rows")): n for n in _nodes(program, "dispatch") if crosses_ranks(n)}
+    for name, node in sends.items():
+        tokens, ranks, k, _ = _numbers(node, sizes)
+        found[name] = _rounded(min(ranks * tokens, headroom * tokens * reach(program, node)))
+    for sort in _nodes(program, "sort_by_expert"):
+        send = sends.get(str(sort.inputs[0].type.shape[0]))
+        symbol, align = dict(sort.attrs).get("rows"), sort.attr("align")
+        if send is None or not symbol:
+            continue
+        tokens, ranks, k, experts = _numbers(send, sizes)
+        local = experts // ranks
+        assert isinstance(align, int)
+        here = min(ranks * tokens * min(k, local), headroom * tokens * k)
+        found[str(symbol)] = _rounded(here + padding(local, align))
+    return found
+
+
+def reach(program: Program, dispatch: Node) -> int:
+    """The most ranks that a token is sent to by `dispatch`, given how many groups of experts a router keeps."""
+    _, ranks, k, experts = _numbers(dispatch, None)
+    each, most = experts // ranks, 0
+    for node in _nodes(program, "choose_experts"):
+        if node.inputs[0].type.shape[-1] == experts:
+            groups, kept = (value for name, value in sorted(node.attrs) if name in ("groups", "kept"))
+            assert isinstance(groups, int) and isinstance(kept, int)
+            size = experts // groups
+            touched = max((g * size + size - 1) // each - g * size // each + 1 for g in range(groups))
+            most = max(most, kept * touched)
+    return min(k, ranks, most or ranks)
+
+
+def _numbers(dispatch: Node, sizes: Mapping[str, int] | None) -> tuple[int, int, int, int]:
+    """Tokens on a rank (0 without `sizes`), ranks, choices per token, experts of all ranks."""
+    e, handle = dispatch.inputs[1].type, dispatch.outputs[3].type
+    ranks, experts, k = dispatch.attr("ranks"), dispatch.attr("experts"), e.shape[-1]
+    assert isinstance(ranks, int) and isinstance(experts, int) and isinstance(k, int)
+    return 0 if sizes is None else bind(multiply(*handle.shape[:-1]), sizes), ranks, k, experts
+
+
+def _rounded(rows: float) -> int:
+    return -(-math.ceil(rows) // ROUNDED) * ROUNDED
+
+
+def _nodes(program: Program, op: str) -> Iterator[Node]:
+    return (n for g in program.graphs for n in g.nodes if n.op == op)
