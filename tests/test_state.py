@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from dsv3c.errors import InputError, WorkError
-from dsv3c.runtime import state
+from dsv3c.runtime import checkpoint_files, state
 from dsv3c.runtime.state import discard_states, latest_state, load_info, load_state, save_state, states, step_of
 
 Tensors = dict[str, torch.Tensor]
@@ -78,13 +78,13 @@ def test_other_programs_read_the_file_and_equal_states_give_equal_bytes(tmp_path
 
 
 def test_large_tensors_are_written_in_blocks_and_not_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_BLOCK", 100)
+    monkeypatch.setattr(checkpoint_files, "_BLOCK", 100)
     big = torch.randn(1001)
     target = torch.zeros(1001)
     load_state(save_state(tmp_path, 1, {"big": big}, {}), {"big": target})
     assert torch.equal(target, big)
-    assert state._bytes(big).nbytes == 4004
-    state._bytes(target)[:4] = bytes(4)
+    assert checkpoint_files._bytes(big).nbytes == 4004
+    checkpoint_files._bytes(target)[:4] = bytes(4)
     assert target[0] == 0.0
 
 
@@ -199,8 +199,8 @@ def test_truncated_or_missing_files_are_named(tmp_path: Path) -> None:
         info.write_text(damaged, errors="surrogateescape")
         with pytest.raises(InputError, match=rf"info.json is damaged \({why}\)"):
             load_state(path, blank())
-    info.write_text(json.dumps(json.loads(text) | {"format": 2}))
-    with pytest.raises(InputError, match="format 2, this dsv3c reads 1"):
+    info.write_text(json.dumps(json.loads(text) | {"format": 3}))
+    with pytest.raises(InputError, match="format 3, this dsv3c reads 2"):
         load_info(path)
     with pytest.raises(InputError, match="there is no checkpoint in"):
         load_state(tmp_path / "step-000009", blank())
@@ -218,7 +218,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(
     def full(_: Path) -> IO[bytes]:
         return io.BufferedWriter(io.FileIO("/dev/full", "w"))
 
-    monkeypatch.setattr(state, "_create", full)
+    monkeypatch.setattr(checkpoint_files, "_create", full)
     with pytest.raises(
         WorkError, match=r"step \d to .*: No space left on device; the one of step 1 is untouched.*--resume"
     ):

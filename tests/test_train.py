@@ -26,7 +26,7 @@ from dsv3c.errors import InputError, WorkError
 from dsv3c.job import Recipe
 from dsv3c.models.config import load_config
 from dsv3c.plan import Plan
-from dsv3c.runtime import state
+from dsv3c.runtime import checkpoint_files, state
 from dsv3c.runtime.export import export
 from dsv3c.runtime.metrics import read_metrics
 from dsv3c.runtime.session import Session, StepResult
@@ -244,7 +244,7 @@ def test_a_full_disk_loses_nothing(plan: Plan, text: Path, undisturbed: Path, tm
         return path.open("xb")
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "_create", create)
+        patch.setattr(checkpoint_files, "_create", create)
         with pytest.raises(WorkError) as error:
             go(plan, text, out)
     assert "checkpoint of step 6" in str(error.value) and "No space left" in str(error.value)

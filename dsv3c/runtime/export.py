@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +15,9 @@ from dsv3c.models.checkpoint import ROUTER_BIAS, hf_tensors, weight_shapes
 from dsv3c.models.config import ModelConfig
 from dsv3c.plan import load_plan
 from dsv3c.runtime.hf import checkpoint_config, load_hf, read_entries, save_hf
-from dsv3c.runtime.state import FOLDER, latest_state, load_state
+from dsv3c.runtime.state import FOLDER, SavedState, latest_state
 from dsv3c.runtime.tokenizer import Tokenizer, load_tokenizer
-from dsv3c.runtime.weights import Weights
+from dsv3c.runtime.weights import BIAS, MASTER
 
 FORMATS = ("hf",)
 PLAN = "train.plan"
@@ -72,11 +72,28 @@ def _export_run(source: Path, out: Path) -> Path:
     if checkpoint is None:
         raise InputError(f"{source}: has no checkpoint yet; train until the first is saved")
     plan = load_plan(source / PLAN)
-    weights = Weights(plan.program, "cpu")
-    load_state(checkpoint, weights.state())
     config = ModelConfig.from_dict(plan.config, where=f"the plan of {plan.model}")
+    weights = _SavedWeights(checkpoint, config)
     tokenizer = load_tokenizer(source) if (source / "tokenizer.json").is_file() else None
-    return write_hf(out, config, weights.tensors, tokenizer)
+    return write_hf(out, config, weights, tokenizer)
+
+
+class _SavedWeights(Mapping[str, torch.Tensor]):
+    """The weights in a checkpoint, of whatever mesh, by name; each is read when it is asked for."""
+
+    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
+        self._saved = SavedState(checkpoint)
+        self._stored = {n: (BIAS if n.endswith(ROUTER_BIAS) else MASTER) + n for n in weight_shapes(config)}
+        self._saved.require({self._stored[n]: shape for n, shape in weight_shapes(config).items()})
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._saved.tensor(self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
 
 def _export_hf(source: Path, out: Path) -> Path:

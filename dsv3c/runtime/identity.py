@@ -9,9 +9,14 @@ from dataclasses import fields
 
 from dsv3c.job import Recipe
 from dsv3c.plan import Plan
-from dsv3c.runtime.state import Scalar
+from dsv3c.runtime.checkpoint_files import Scalar
 
 _SHOWN = 40
+MESH = ("job.mesh", "job.ranks_per_node", "job.schedule")
+"""How a run is divided among ranks. It may go on divided in another way, with the same numbers up to rounding; what
+follows from the division may then differ too."""
+_DIVIDED = (*MESH, "job.micro_batch", "job.expert_headroom", "job.kernels", "job.implementations",
+            "job.allow_oversize", "program")  # fmt: skip
 
 
 def run_facts(plan: Plan, recipe: Recipe, *, seed: int, steps: int, data: str, tokenizer: str) -> dict[str, Scalar]:
@@ -29,8 +34,13 @@ def run_facts(plan: Plan, recipe: Recipe, *, seed: int, steps: int, data: str, t
 
 
 def differences(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> list[str]:
-    """How two runs differ, each difference in a few words; consequences of a difference are not told again."""
+    """Why `now` is not the run that was saved, each difference in a few words; its consequences are not told again.
+
+    On another mesh it is the same run if model, data, seed, steps, recipe, global batch and precision are the same.
+    """
     changed = [name for name in {**now, **saved} if name in now and saved.get(name) != now[name]]
+    if any(name in MESH for name in changed):
+        changed = [name for name in changed if name not in _DIVIDED]
     roots = [name for name in changed if name not in ("model", "tokenizer", "data", "program")]
     told = [f"{name} is {_short(now[name])}, was {_short(saved.get(name))}" for name in roots]
     described = any(name.startswith(("model.", "job.")) for name in roots)
@@ -43,6 +53,17 @@ def differences(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> list[
     elif "program" in changed and not described:
         told.append("the plan was compiled to another program")
     return told
+
+
+def moved(saved: Mapping[str, Scalar], now: Mapping[str, Scalar]) -> str | None:
+    """A sentence for the user if the run goes on divided among ranks in another way, else None."""
+    changed = [name for name in MESH if name in saved and saved[name] != now[name]]
+    if not changed:
+        return None
+    told = ", ".join(
+        f"{name.removeprefix('job.').replace('_', ' ')} {now[name]} (was {saved[name]})" for name in changed
+    )
+    return f"going on with {told}: the same numbers up to rounding"
 
 
 def _scalar(value: object) -> Scalar:

@@ -1,88 +1,136 @@
-"""Training checkpoints that are either whole or absent, whenever the process dies.
+"""Training checkpoints that are either whole or absent, whenever a process dies, and that any mesh reads.
 
-`OUT/checkpoints/step-000123/` holds `state.safetensors` and `info.json`. Both are written and synced in a hidden
-folder, which is then renamed. A checkpoint of the same step that is being replaced stands aside as `step-000123.old`
-and counts until the new one is in place; so there is no moment without a whole checkpoint.
+`OUT/checkpoints/step-000123/` holds one tensor file per rank and `info.json`, which says where each number of each
+weight lies: by weight and position in it, not by rank or group, so that other ranks can pick out what is theirs. All
+is written and synced in a hidden folder, the record last, which is then renamed. A checkpoint of the same step that is
+being replaced stands aside as `step-000123.old` and counts until the new one is in place; so there is no moment
+without a whole checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from dsv3c.errors import InputError, WorkError
+from dsv3c.runtime.checkpoint_files import (
+    INFO,
+    Contents,
+    File,
+    FileError,
+    Piece,
+    PieceReader,
+    Record,
+    Scalar,
+    Stored,
+    file_name,
+    file_problem,
+    read_record,
+    record_of,
+    write_pieces,
+    write_record,
+)
+from dsv3c.runtime.peers import ALONE, Peers, together
 
 if TYPE_CHECKING:
     import torch
 
-Scalar = str | int | float | bool | None
-
 FOLDER = "checkpoints"
-TENSORS = "state.safetensors"
-INFO = "info.json"
-_FORMAT = 1
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
-_BLOCK = 1 << 24
 _LISTED = 100
 
-# safetensors' names of element types
-_DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-    "uint16": "U16", "uint32": "U32", "uint64": "U64", "bool": "BOOL",
-}  # fmt: skip
+State = Contents | Mapping[str, "torch.Tensor"]
+"""What is saved or loaded: whole tensors by name, or this rank's pieces of them."""
 
 
 def save_state(
     out_dir: str | Path,
     step: int,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: State,
     info: Mapping[str, Scalar],
     *,
     keep: int = 2,
+    peers: Peers = ALONE,
 ) -> Path:
     """Writes the checkpoint of `step` and returns its folder; deletes earlier ones beyond the newest `keep`.
 
     Tensors may lie on any device and are written one at a time, without a copy where they are contiguous on the CPU.
-    Raises InputError if `out_dir` is not a folder, WorkError if it cannot be written; earlier checkpoints then stay.
+    With `peers` all ranks call this together; each writes its pieces, and rank 0 the record when all are done.
+    Raises InputError if `out_dir` is not a folder, WorkError if it cannot be written, on every rank the same; earlier
+    checkpoints then stay.
     """
+    contents = tensors if isinstance(tensors, Contents) else Contents.of(tensors)
     folder = Path(out_dir) / FOLDER
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.old"
     building = folder / f".tmp-{final.name}-{os.getpid()}"
+
+    def begin() -> str:
+        _make(folder, step, out_dir)
+        with _saving(folder, step):
+            _sweep(folder)
+            building.mkdir()
+        return building.name
+
+    def write() -> str:
+        with _saving(folder, step):
+            if not building.is_dir():
+                raise OSError(errno.ENOENT, f"{building.name}, which rank 0 made, is not there; all ranks must see it")
+            file, places = write_pieces(building / file_name(peers.rank, peers.size), contents)
+        return json.dumps([[file.name, file.size, file.digest], places])
+
+    def finish() -> str:
+        written = [(File(*file), [tuple(p) for p in places]) for file, places in map(json.loads, wrote)]
+        record = record_of(contents, written, {**info, "step": step})
+        with _saving(folder, step):
+            write_record(building / INFO, record)
+            _sync_folder(building)
+            if final.exists():
+                os.rename(final, aside)
+            os.rename(building, final)
+            _sync_folder(folder)
+        return ""
+
+    try:
+        building = folder / together(peers, _on_first(peers, begin))[0]
+        wrote = together(peers, write)
+        together(peers, _on_first(peers, finish))
+    except BaseException:
+        if peers.rank == 0:
+            _undo(building, aside, final)
+        raise
+    if peers.rank == 0:
+        _prune(folder, step, keep)
+    return final
+
+
+def _on_first(peers: Peers, act: Callable[[], str]) -> Callable[[], str]:
+    """`act` on rank 0, nothing elsewhere."""
+    return act if peers.rank == 0 else lambda: ""
+
+
+@contextlib.contextmanager
+def _saving(folder: Path, step: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _failed(folder, step, error) from error
+
+
+def _make(folder: Path, step: int, out_dir: str | Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise InputError(f"--out: {out_dir} is not a folder; name a new or an existing folder.") from error
     except OSError as error:
         raise _failed(folder, step, error) from error
-    try:
-        _sweep(folder)
-        building.mkdir()
-        size, digest = _write_tensors(building / TENSORS, tensors)
-        _write_info(building / INFO, step, size, digest, info)
-        _sync_folder(building)
-        if final.exists():
-            os.rename(final, aside)
-        os.rename(building, final)
-        _sync_folder(folder)
-    except OSError as error:
-        _undo(building, aside, final)
-        raise _failed(folder, step, error) from error
-    except BaseException:
-        _undo(building, aside, final)
-        raise
-    _prune(folder, step, keep)
-    return final
 
 
 def states(out_dir: str | Path) -> list[Path]:
@@ -128,140 +176,98 @@ def step_of(path: Path) -> int:
 
 
 def load_info(path: str | Path) -> dict[str, Scalar]:
-    """The `info` that was saved, and the `step`. Raises InputError if it is damaged or of a newer version."""
+    """The `info` that was saved, and the `step`. Raises InputError if it is damaged or of another version."""
     return dict(_read_info(Path(path)).info)
 
 
-def load_state(path: str | Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, Scalar]:
-    """Copies the checkpoint into `tensors` in place and returns `load_info`.
+def load_state(path: str | Path, tensors: State, *, peers: Peers = ALONE) -> dict[str, Scalar]:
+    """Copies the checkpoint, whatever mesh wrote it, into `tensors` in place and returns `load_info`.
 
     Nothing is written to `tensors` unless the whole checkpoint is sound and has exactly their names, shapes and types.
-    Raises InputError naming the damaged file, or listing every tensor that differs.
+    With `peers` all ranks call this together: they share the work of hashing the files, and each reads its pieces.
+    Raises InputError naming the damaged file, or listing every tensor that differs, on every rank the same.
     """
-    import torch
-
+    contents = tensors if isinstance(tensors, Contents) else Contents.of(tensors)
     path = Path(path)
-    record = _read_info(path)
-    file_path = path / TENSORS
-    if problem := _problem(file_path, record):
-        raise _damaged(path, file_path, problem)
-    try:
-        with file_path.open("rb") as file:
-            entries = _read_header(file)
-            _compare(path, entries, tensors)
-            base = file.tell()
-            for name in sorted(entries, key=lambda name: entries[name].offset):
-                target = tensors[name].detach()
-                direct = target.device.type == "cpu" and target.is_contiguous()
-                landing = target if direct else torch.empty(target.shape, dtype=target.dtype)
-                file.seek(base + entries[name].offset)
-                view = _bytes(landing)
-                if file.readinto(view) != len(view):
-                    raise _damaged(path, file_path, "it ends early")
-                if not direct:
-                    target.copy_(landing)
-    except OSError as error:
-        raise _damaged(path, file_path, error.strerror or str(error)) from error
+    record = _sound_record(path, peers)
+    _compare(path, record.stored, contents.stored)
+
+    def read() -> str:
+        with PieceReader(path, record) as reader, _reading(path):
+            for piece in sorted(contents.pieces, key=reader.first_file):
+                reader.read(piece)
+        return ""
+
+    together(peers, read)
     return dict(record.info)
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """Contents of info.json; `size` (bytes) and `digest` (SHA-256) are those of the tensor file."""
+class SavedState:
+    """A checkpoint to read single tensors from, all hashes checked. Raises InputError naming what is damaged."""
 
-    size: int
-    digest: str
-    info: Mapping[str, Scalar]
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._record = _sound_record(self.path, ALONE)
+        self.stored: Mapping[str, Stored] = self._record.stored
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor by its name in the checkpoint, read now; KeyError if there is none of that name."""
+        import torch
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """A tensor in the file: safetensors' element type, shape, and where its bytes start after the header."""
+        stored = self.stored[name]
+        tensor = torch.empty(stored.shape, dtype=stored.torch_dtype)
+        with PieceReader(self.path, self._record) as reader, _reading(self.path):
+            reader.read(Piece(name, 0, tensor))
+        return tensor
 
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
-
-
-def _layout(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, _Entry, int]]:
-    """(name, entry, bytes) in file order: wide elements first, so that every tensor is aligned, then by name."""
-    offset = 0
-    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
-        tensor = tensors[name]
-        size = tensor.numel() * tensor.element_size()
-        yield name, _entry(tensor, offset), size
-        offset += size
+    def require(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises InputError listing those of these tensors (name: shape) that are missing or of another shape."""
+        types = {n: self.stored[n].dtype if n in self.stored else "F32" for n in wanted}
+        have = {n: s for n, s in self.stored.items() if n in wanted}
+        _compare(self.path, have, {n: Stored(types[n], tuple(shape)) for n, shape in wanted.items()})
 
 
-def _entry(tensor: torch.Tensor, offset: int = 0) -> _Entry:
-    return _Entry(_DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), offset)
+def _sound_record(path: Path, peers: Peers) -> Record:
+    """The record, once every file of the checkpoint has the hash that it should; ranks divide the files."""
+    records: list[Record] = []
+
+    def read() -> str:
+        records.append(_read_info(path))
+        return ""
+
+    together(peers, read)
+    (record,) = records
+    mine = range(peers.rank, len(record.files), peers.size)
+    problems = [(i, problem) for i in mine if (problem := file_problem(path, record.files[i]))]
+    found = [tuple(p) for text in peers.share(json.dumps(problems)) for p in json.loads(text)]
+    if found:
+        index, problem = min(found)
+
+        def tell() -> str:
+            raise _damaged(path, path / record.files[index].name, problem)
+
+        together(peers, _on_first(peers, tell))
+    return record
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, writable."""
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _create(path: Path) -> IO[bytes]:
-    return path.open("xb")
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileError as error:
+        raise _damaged(path, error.path, error.why) from error
 
 
-def _write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> tuple[int, str]:
-    """Writes and syncs a safetensors file; returns its size and SHA-256."""
-    layout = list(_layout(tensors))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name, entry, size in layout:
-        span = [entry.offset, entry.offset + size]
-        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": span}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    hasher = hashlib.sha256()
-    written = 0
-    with _create(path) as file:
-        for block in _blocks(text, layout, tensors):
-            hasher.update(block)
-            file.write(block)
-            written += len(block)
-        file.flush()
-        os.fsync(file.fileno())
-    return written, hasher.hexdigest()
-
-
-def _blocks(
-    header: bytes, layout: list[tuple[str, _Entry, int]], tensors: Mapping[str, torch.Tensor]
-) -> Iterator[bytes | memoryview]:
-    yield len(header).to_bytes(8, "little") + header
-    for name, _, _ in layout:
-        view = _bytes(tensors[name].detach().cpu().contiguous())
-        for start in range(0, len(view), _BLOCK):
-            yield view[start : start + _BLOCK]
-
-
-def _read_header(file: IO[bytes]) -> dict[str, _Entry]:
-    """Entries of a file whose hash was checked; leaves it at the first byte after the header."""
-    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    return {
-        name: _Entry(entry["dtype"], tuple(entry["shape"]), entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _compare(path: Path, entries: Mapping[str, _Entry], tensors: Mapping[str, torch.Tensor]) -> None:
+def _compare(path: Path, saved: Mapping[str, Stored], model: Mapping[str, Stored]) -> None:
     """Raises InputError listing every difference between the checkpoint's tensors and the model's."""
     wrong: list[str] = []
-    for name in sorted({*entries, *tensors}):
-        if name not in entries:
-            wrong.append(f"{name}: {_entry(tensors[name])} is not in the checkpoint")
-        elif name not in tensors:
-            wrong.append(f"{name}: {entries[name]} is not in this model")
-        elif str(entries[name]) != str(_entry(tensors[name])):
-            wrong.append(f"{name}: {entries[name]} in the checkpoint, {_entry(tensors[name])} in this model")
+    for name in sorted({*saved, *model}):
+        if name not in saved:
+            wrong.append(f"{name}: {model[name]} is not in the checkpoint")
+        elif name not in model:
+            wrong.append(f"{name}: {saved[name]} is not in this model")
+        elif saved[name] != model[name]:
+            wrong.append(f"{name}: {saved[name]} in the checkpoint, {model[name]} in this model")
     if wrong:
         count = "1 tensor differs" if len(wrong) == 1 else f"{len(wrong):,} tensors differ"
         if len(wrong) > _LISTED:
@@ -272,44 +278,10 @@ def _compare(path: Path, entries: Mapping[str, _Entry], tensors: Mapping[str, to
         )
 
 
-def _write_info(path: Path, step: int, size: int, digest: str, info: Mapping[str, Scalar]) -> None:
-    body: dict[str, object] = {
-        "format": _FORMAT,
-        "tensors": {"file": TENSORS, "bytes": size, "sha256": digest},
-        "info": {**info, "step": step},
-    }
-    body["sha256"] = _seal(body)
-    with _create(path) as file:
-        file.write((json.dumps(body, indent=2, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _seal(body: Mapping[str, object]) -> str:
-    """SHA-256 of info.json's other fields, so that an edited one is noticed."""
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def _record(path: Path) -> _Record:
-    """Reads info.json; ValueError says what is wrong with it."""
-    body = json.loads((path / INFO).read_bytes())
-    if not isinstance(body, dict):
-        raise ValueError("it is not a JSON object")
-    version = body.get("format")
-    if isinstance(version, int) and version > _FORMAT:
-        raise InputError(
-            f"{path / INFO} has checkpoint format {version}, this dsv3c reads {_FORMAT}; "
-            "resume with the version that wrote it."
-        )
-    if body.pop("sha256", None) != _seal(body):
-        raise ValueError("its hash does not match")
-    return _Record(body["tensors"]["bytes"], body["tensors"]["sha256"], body["info"])
-
-
-def _read_info(path: Path) -> _Record:
+def _read_info(path: Path) -> Record:
     step_of(path)
     try:
-        return _record(path)
+        return read_record(path / INFO)
     except FileNotFoundError as error:
         raise InputError(f"there is no checkpoint in {path}.") from error
     except OSError as error:
@@ -317,21 +289,6 @@ def _read_info(path: Path) -> _Record:
     except ValueError as error:
         unreadable = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
         raise _damaged(path, path / INFO, "it is not JSON" if unreadable else str(error)) from error
-
-
-def _problem(file_path: Path, record: _Record) -> str | None:
-    """Why the tensor file is not the one that was written, or None."""
-    try:
-        size = file_path.stat().st_size
-        if size != record.size:
-            return f"it has {size:,} bytes of {record.size:,}"
-        hasher = hashlib.sha256()
-        with file_path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                hasher.update(block)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None if hasher.hexdigest() == record.digest else "its hash does not match"
 
 
 def _damaged(path: Path, file_path: Path, why: str) -> InputError:
@@ -347,7 +304,7 @@ def _damaged(path: Path, file_path: Path, why: str) -> InputError:
 
 def _whole(path: Path) -> bool:
     try:
-        return _problem(path / TENSORS, _record(path)) is None
+        return all(file_problem(path, file) is None for file in read_record(path / INFO).files)
     except (OSError, ValueError, InputError):
         return False
 
@@ -410,3 +367,9 @@ def _prune(folder: Path, step: int, keep: int) -> None:
         current = [path for path in states(folder.parent) if step_of(path) <= step]
         for path in current[: -max(keep, 1)]:
             _retire(path)
+
+
+__all__ = [
+    "FOLDER", "INFO", "SavedState", "Scalar", "State", "discard_states", "latest_state", "load_info", "load_state",
+    "save_state", "states", "step_of",
+]  # fmt: skip

@@ -10,10 +10,15 @@ import torch
 
 from dsv3c.ir import DType, Program, Weight
 from dsv3c.job import LANE
+from dsv3c.models.checkpoint import Part
 from dsv3c.tensors import torch_dtype
 
 GROUPS = ("embedding", "head", "norm", "matrix")
 """Optimizer groups, each one flat buffer; `state` (router biases) is kept apart and never trained by gradient."""
+BIAS, MASTER = "bias.", "master."
+KINDS = (MASTER, "m.", "v.")
+"""What stands before a weight's name in a checkpoint: a router bias, or a trained weight and its two moments."""
+
 
 @dataclass
 class Group:
@@ -80,26 +85,32 @@ class Weights:
                 group.m = torch.zeros_like(group.master, dtype=moment)
                 group.v = torch.zeros_like(group.master, dtype=moment)
 
-    def initialize(self, seed: int, parts: Callable[[str, tuple[int, ...]], tuple[object, ...]]) -> None:
+    def initialize(self, seed: int, parts: Callable[[str, tuple[int, ...]], tuple[Part, ...]]) -> None:
         """Fill with the initial distribution; each checkpoint tensor depends on (seed, its name) alone."""
         for w in self.program.weights:
             tensor = self.tensors[w.name]
             if w.init == "normal":
                 for part in parts(w.name, tuple(tensor.shape)):
-                    target = tensor[part.index]  # type: ignore[attr-defined]
-                    digest = hashlib.sha256(f"{seed}:{part.hf_name}".encode()).digest()  # type: ignore[attr-defined]
-                    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-                    target.copy_(torch.randn(target.shape, generator=generator).mul_(w.std))
+                    draw(tensor[part.index], seed, part.hf_name, w.std)
             else:
                 tensor.fill_(1.0 if w.init == "ones" else 0.0)
 
     def state(self) -> Mapping[str, torch.Tensor]:
-        """Everything that training changes, for checkpoints: masters, moments, router biases."""
+        """Everything that training changes, for checkpoints: each weight's master and moments, router biases."""
         self.start_optimizer()
-        tensors = {f"bias.{n}": t for n, t in self.tensors.items() if n not in self._spans}
-        for name, group in self.groups.items():
-            tensors |= {f"{name}.master": group.master, f"{name}.m": _there(group.m), f"{name}.v": _there(group.v)}
+        tensors = {BIAS + n: t for n, t in self.tensors.items() if n not in self._spans}
+        for name, (key, _, _) in self._spans.items():
+            group = self.groups[key]
+            for prefix, flat in zip(KINDS, (group.master, _there(group.m), _there(group.v)), strict=True):
+                tensors[prefix + name] = self._view(flat, name)
         return tensors
+
+
+def draw(target: torch.Tensor, seed: int, hf_name: str, std: float) -> None:
+    """Fill a tensor of the checkpoint with normal numbers that depend on (seed, its name) alone."""
+    digest = hashlib.sha256(f"{seed}:{hf_name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    target.copy_(torch.randn(target.shape, generator=generator).mul_(std))
 
 
 def _there(tensor: torch.Tensor | None) -> torch.Tensor:
