@@ -5,11 +5,26 @@ Every `Kind` defined in this folder is in `KINDS`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from dsv3c.discover import defined_in
 from dsv3c.errors import InputError, did_you_mean
 from dsv3c.schedule import Kind, Schedule
+from dsv3c.schedules._check import Occupancy, execution_order, needs, occupancy, verify
+from dsv3c.schedules._choose import Candidate, Choice, weigh
+from dsv3c.schedules._simulate import (
+    Durations,
+    Footprint,
+    TimedCell,
+    Timeline,
+    Times,
+    equal_stages,
+    memory_held,
+    simulate,
+)
+
+AUTO = "auto"
+"""The name that stands for the fastest kind that fits."""
 
 MOST_CELLS = 1 << 22
 """A schedule has at most so many forward actions, ranks times micro-batches, since it is written out."""
@@ -53,5 +68,22 @@ def generate(kind: str, ranks: int, micro_batches: int) -> Schedule:
     return Schedule(kind, ranks, micro_batches, found.rows(ranks, micro_batches), found.routes(ranks))
 
 
+def choose(ranks: int, micro_batches: int, durations: Callable[[int], Durations],
+           footprint: Callable[[int], Footprint] | None = None, memory_limit: int | None = None) -> Choice:  # fmt: skip
+    """The schedule with the shortest simulated time that fits, of the kinds that `auto` may choose.
+
+    `durations` and `footprint` are given the number of stages; `memory_limit` is bytes of one rank. Raises InputError
+    saying of each kind why not if none is left.
+    """
+    kinds = (k.name for k in KINDS.values() if k.auto)
+    return weigh(kinds, lambda kind: generate(kind, ranks, micro_batches), durations, footprint, memory_limit)
+
+
 for _kind in defined_in(__name__, Kind):
     register(_kind)
+
+__all__ = [
+    "AUTO", "KINDS", "Candidate", "Choice", "Durations", "Footprint", "Occupancy", "TimedCell", "Timeline", "Times",
+    "choose", "equal_stages", "execution_order", "find", "generate", "memory_held", "needs", "occupancy", "refusal",
+    "register", "simulate", "verify",
+]  # fmt: skip

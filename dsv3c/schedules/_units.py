@@ -9,8 +9,10 @@ from typing import TypeAlias
 from dsv3c.schedule import Action, Cell
 
 Unit: TypeAlias = tuple[tuple[str, int], ...]
-"""A cell before micro-batches are counted: (kind, direction) of each action. W takes the oldest that is deferred,
-whatever its direction."""
+"""A cell before micro-batches are counted: (kind, direction) of each action; W takes the oldest that is deferred."""
+
+OLDEST: Unit = (("W", -1),)
+"""The oldest deferred weight gradient of both directions."""
 
 
 def row(units: Iterable[Unit], stages: tuple[int, ...], first: tuple[int, ...]) -> tuple[Cell, ...]:
@@ -20,7 +22,9 @@ def row(units: Iterable[Unit], stages: tuple[int, ...], first: tuple[int, ...]) 
 
     def action(kind: str, direction: int) -> Action:
         if kind == "W":
-            return deferred.popleft()
+            oldest = next(a for a in deferred if direction < 0 or a.stage == stages[direction])
+            deferred.remove(oldest)
+            return oldest
         counts = forward if kind == "F" else backward
         made = Action(stages[direction], kind, counts[direction])
         counts[direction] += 1
@@ -42,7 +46,7 @@ def bidirectional(half: int, place: int, micro_batches: int) -> Iterator[Unit]:
         yield (("F", 1),)
     for _ in range(far):
         yield (("I", 1),)
-        yield (("W", 1),)
+        yield OLDEST
         yield (("F", 1),)
     for i in range(micro_batches - 2 * half + near):
         if i == 0 and far == 0:  # where the directions meet the first two do not overlap, which shortens the bubble
@@ -57,9 +61,9 @@ def bidirectional(half: int, place: int, micro_batches: int) -> Iterator[Unit]:
     for i in range(2 * near):
         yield (("B" if i < near else "I", 1 - i % 2),)
     for _ in range(far):
-        yield (("W", 0),)
+        yield OLDEST
         yield (("I", 0),)
-    yield from [(("W", 0),)] * near
+    yield from [OLDEST] * near
 
 
 def one_forward_one_backward(ranks: int, rank: int, micro_batches: int) -> Iterator[str]:

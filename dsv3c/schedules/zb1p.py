@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dsv3c.schedule import Kind, Rows, line
-from dsv3c.schedules._units import Unit, one_forward_one_backward, row
+from dsv3c.schedules._units import OLDEST, Unit, one_forward_one_backward, row
 
 
 def _refusal(ranks: int, micro_batches: int) -> str | None:
@@ -20,8 +20,8 @@ def _units(ranks: int, rank: int, micro_batches: int) -> Iterator[Unit]:
         done += kind == "I"
         if done - weight > rank:
             weight += 1
-            yield (("W", 0),)
-    yield from [(("W", 0),)] * (done - weight)
+            yield OLDEST
+    yield from [OLDEST] * (done - weight)
 
 
 def _rows(ranks: int, micro_batches: int) -> Rows:
