@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dsv3c.ir import Graph, Node, Phase
 from dsv3c.op import Effect, Registry
-from dsv3c.rewrite import CALL
+from dsv3c.rewrite import CALL, crosses_ranks
 
 ATTENTION, MLP, HEAD, TAIL = "attention", "mlp", "head", "tail"
 
@@ -38,8 +38,7 @@ def communicates(node: Node, registry: Registry) -> bool:
     """Whether `node` exchanges data among ranks: what sends rows does only if its attribute `ranks` is above 1."""
     if node.op == CALL or registry[node.op].effect is not Effect.COMM:
         return False
-    ranks = dict(node.attrs).get("ranks", 1)
-    return isinstance(ranks, int) and ranks > 1
+    return crosses_ranks(node)
 
 
 def segments(graph: Graph, registry: Registry) -> tuple[Segment, ...]:

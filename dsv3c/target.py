@@ -18,6 +18,9 @@ class Machine:
 
     `matrix_flops`: (element type, FLOP/s) of the matrix unit. `units`: SMs or cores. `latency`: seconds from
     launching a kernel to its start. `node`: ranks that share the fast link.
+    `efficiency`: what share of a peak programs reach, by op name, by element type of the matrix unit, or `memory`; all
+    of it where nothing is said. `few_units`: how much faster than its share a part of the units is, where all together
+    are limited by power. `exchange`: (units, share) points of how fast that many units move data between ranks.
     """
 
     name: str
@@ -32,11 +35,28 @@ class Machine:
     fast_latency: float = 0.0
     slow_link: float = 0.0
     slow_latency: float = 0.0
+    efficiency: tuple[tuple[str, float], ...] = ()
+    few_units: float = 1.0
+    exchange: tuple[tuple[int, float], ...] = ()
 
     def matrix_rate(self, dtype: DType) -> float:
         """FLOP/s of the matrix unit for inputs of `dtype`, or of the nearest wider type it has."""
         table = dict(self.matrix_flops)
         return table.get(dtype) or table.get(DType.f32) or self.matrix_flops[-1][1]
+
+    def reached(self, *kinds: str) -> float:
+        """The share of a peak that work of these kinds reaches: of the first that `efficiency` knows, else all."""
+        table = dict(self.efficiency)
+        return next((table[k] for k in kinds if k in table), 1.0)
+
+    def exchange_share(self, units: int) -> float:
+        """The share of the links' bandwidth that so many units make use of: between two points a straight line."""
+        low_units, low = 0, 0.0
+        for high_units, high in self.exchange:
+            if units <= high_units:
+                return low + (high - low) * (units - low_units) / (high_units - low_units)
+            low_units, low = high_units, high
+        return 1.0
 
 
 @dataclass(frozen=True, slots=True)

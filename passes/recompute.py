@@ -15,7 +15,7 @@ from dsv3c.op import Registry
 from dsv3c.passes.cut import hoisted_inputs
 from dsv3c.passes.differentiate import JOINT
 from dsv3c.passes.fuse import hands_rows, is_rowwise
-from dsv3c.rewrite import crosses_ranks, fresh, is_view, place_of, pure
+from dsv3c.rewrite import fresh, is_view, place_of, pure
 from dsv3c.state import Pass, State, TakeNote
 
 GIB = 2**30

@@ -3,37 +3,14 @@ generated with Triton, matrix products with Gluon or done by cuBLASLt, attention
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from dsv3c.ir import DType
 from dsv3c.target import Machine, Target
 from dsv3c.targets._cuda_attention import ATTENTION
 from dsv3c.targets._cuda_fp8 import FP8
 from dsv3c.targets._cuda_matrix import MATRIX
 from dsv3c.targets._cuda_tokens import TOKENS
+from dsv3c.targets._hopper_machines import H100_MACHINE, H200_MACHINE, H800_MACHINE
 from dsv3c.targets._triton_kernel import load_kernel, region_kernel
-
-GIB = 2**30
-
-H800_MACHINE = Machine(
-    name="h800",
-    units=132,
-    matrix_flops=((DType.e4m3, 1979e12), (DType.bf16, 989e12), (DType.f32, 495e12)),
-    vector_flops=67e12,
-    memory_bandwidth=3.35e12,
-    memory_bytes=77 * GIB,
-    latency=3e-6,
-    node=8,
-    fast_link=160e9,
-    fast_latency=5e-6,
-    slow_link=40e9,
-    slow_latency=10e-6,
-)
-"""Peak rates by the datasheet; 77 of 80 GB usable; links as reached in the report (section 3.2): NVLink 160 GB/s,
-InfiniBand 40 GB/s, per direction. float32 products run as tf32."""
-
-H100_MACHINE = replace(H800_MACHINE, name="h100", fast_link=360e9)
-H200_MACHINE = replace(H100_MACHINE, name="h200", memory_bandwidth=4.8e12, memory_bytes=134 * GIB)
 
 
 def expert_alignment(dtype: DType) -> int:

@@ -283,7 +283,7 @@ def essence(choice: set[tuple[str, str]]) -> set[tuple[str, str]]:
     return {(path, op) for path, op in choice if op not in MOVES}
 
 
-@pytest.mark.parametrize("price", [2.7, 3.6, 5.4])
+@pytest.mark.parametrize("price", [3.2, 3.6, 9.0])
 def test_the_published_choice_comes_out(price: float) -> None:
     plan = planned(price)
     moe = PUBLISHED | {("mlp.swiglu", "swiglu"), ("mlp.shared.swiglu", "swiglu")}
@@ -291,7 +291,7 @@ def test_the_published_choice_comes_out(price: float) -> None:
     assert essence(again_in(plan, "dense_block")) == PUBLISHED | {("mlp.swiglu", "swiglu")}
 
 
-@pytest.mark.parametrize("price", [3.2, 3.6, 4.0])
+@pytest.mark.parametrize("price", [3.4, 3.6, 6.5])
 def test_the_published_choice_comes_out_in_fp8(price: float) -> None:
     """There `quantize` already has backward compute SwiGLU's output from its FP8 input (section 3.3.3)."""
     plan = planned(price, "fp8")
@@ -301,7 +301,7 @@ def test_the_published_choice_comes_out_in_fp8(price: float) -> None:
 def test_what_more_memory_and_what_less_memory_would_change() -> None:
     for precision in ("bf16", "fp8"):
         assert again_in(planned(1e-4, precision), "moe_block") == set()
-    below, above = (essence(again_in(planned(p), "moe_block")) for p in (2.3, 6.0))
+    below, above = (essence(again_in(planned(p), "moe_block")) for p in (3.0, 10.0))
     published = essence(again_in(planned(3.6), "moe_block"))
     assert published - below == {("attention.q_up", "linear")}
     assert above - published == {("attention.core", "attention")}
@@ -309,5 +309,5 @@ def test_what_more_memory_and_what_less_memory_would_change() -> None:
 
 def test_prices_only_ever_add() -> None:
     """A dearer byte never makes the pass keep what it computed again before."""
-    found = [again_in(planned(p), "moe_block") for p in (1e-4, 2.3, 3.6, 6.0)]
+    found = [again_in(planned(p), "moe_block") for p in (1e-4, 3.0, 3.6, 10.0)]
     assert all(a < b for a, b in itertools.pairwise(found))
