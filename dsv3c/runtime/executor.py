@@ -241,7 +241,7 @@ class _Binder:
             else:
                 outputs = tuple(self._place(v, inner, slots, escaping, local, workspace) for v in node.outputs)
                 local.update((v.name, t) for v, t in zip(node.outputs, outputs, strict=True))
-                step = Step(self.engine.prepare(node, inputs, outputs), *at)
+                step = Step(self.engine.prepare(node, inputs, outputs), *at, outputs)
                 self.runner.first.append(step)
                 self.runner.again.append(step)
             for v in node.outputs:
@@ -264,8 +264,8 @@ class _Binder:
               written: set[str]) -> None:  # fmt: skip
         weight, target = sink
         node = at[1]
-        add = Step(self.engine.prepare(node, inputs, (target,), accumulate=True), *at)
-        first = add if weight in written else Step(self.engine.prepare(node, inputs, (target,)), *at)
+        add = Step(self.engine.prepare(node, inputs, (target,), accumulate=True), *at, (target,))
+        first = add if weight in written else Step(self.engine.prepare(node, inputs, (target,)), *at, (target,))
         written.add(weight)
         self.runner.first.append(first)
         self.runner.again.append(add)

@@ -47,13 +47,15 @@ class Memory:
 
 @dataclass
 class Step:
-    """One prepared call and where it comes from: the layer, which of its phases, and the node with its place there."""
+    """One prepared call and where it comes from: the layer, which of its phases, and the node with its place there;
+    `outputs` is what it writes."""
 
     call: Call
     layer: str
     node: Node
     phase: Phase = Phase.F
     index: int = 0
+    outputs: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass

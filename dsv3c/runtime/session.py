@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from dsv3c.errors import InputError
+from dsv3c.errors import InputError, WorkError
 from dsv3c.ir import Sequence
 from dsv3c.job import Recipe
 from dsv3c.models import MODELS
@@ -17,7 +18,9 @@ from dsv3c.models.checkpoint import hf_tensors
 from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Plan
-from dsv3c.runtime.executor import Engine, prepare_graph, prepare_sequence
+from dsv3c.runtime.epilogue import Epilogue, Sums
+from dsv3c.runtime.executor import Engine, prepare_sequence
+from dsv3c.runtime.faults import check_room, first_fault, first_unusable, memory_explained
 from dsv3c.runtime.hf import load_hf, save_hf
 from dsv3c.runtime.runner import Runner
 from dsv3c.runtime.sampling import Sampling, sample
@@ -74,8 +77,10 @@ class Session:
         assert self.target.load is not None
         kernels = {k.op: self.target.load(k) for k in plan.kernels}
         self.engine = Engine(self.program, REGISTRY, self.target, kernels)
-        self.weights = Weights(self.program, self.device)
+        with memory_explained(plan.memory):
+            self.weights = Weights(self.program, self.device)
         self.recipe: Recipe = plan.job.recipe
+        self._epilogue = Epilogue(self.engine, self.weights, self.recipe)
         self.steps = 0
         self._generation = 0  # which `stream` the caches belong to
         if weights is None:
@@ -83,7 +88,6 @@ class Session:
         else:
             load_hf(weights, self.weights.tensors, self.family.parts)
         self._runners: dict[tuple[object, ...], Runner] = {}
-        self._scalars: dict[str, torch.Tensor] = {}
         self._stale = True
 
     # ---- inference -------------------------------------------------------------------------------------------------
@@ -178,32 +182,63 @@ class Session:
         batch, length = self._check_training(tokens)
         if batch % job.micro_batch:
             raise InputError(f"a batch of {batch} sequences does not divide into micro-batches of {job.micro_batch}")
-        count = batch // job.micro_batch
-        runner = self._runner("train", job.micro_batch, length)
+        with memory_explained(self.plan.memory):
+            if length >= job.seq and ("train", job.micro_batch, length, 0, ()) not in self._runners:
+                check_room(self.plan.memory, self.device)
+            runner = self._runner("train", job.micro_batch, length)
+            self.weights.start_optimizer()
+            return self._step(runner, sequence, tokens, self.recipe.lr if lr is None else lr)
+
+    def _step(self, runner: Runner, sequence: Sequence, tokens: torch.Tensor, rate: float) -> StepResult:
+        """The host waits for the device once: for the losses, the norm and the loads, before anything is updated."""
+        parts = tokens.to(self.device).split(self.plan.job.micro_batch)
         self._prologue()
-        self._set_losses(runner, sequence, LOSSES, 1.0 / count)
-        totals = {name: torch.zeros((), device=self.device) for name in sequence.losses}
-        loads: dict[str, torch.Tensor] = {}
-        for i, part in enumerate(tokens.to(self.device).split(job.micro_batch)):
+        self._set_losses(runner, sequence, LOSSES, 1.0 / len(parts))
+        sums = Sums(sequence, runner)
+        for i, part in enumerate(parts):
             runner.values["tokens"].copy_(part)
             runner.run(accumulate=i > 0)
-            for name in sequence.losses:
-                totals[name] = totals[name] + runner.values[name].double() / count
-            for name in (n for n in sequence.results if n.startswith("load.")):
-                load = runner.values[name]
-                loads[name] = loads[name] + load if name in loads else load.clone()
+            sums.add()
         runner.capture()
+        squares = self._epilogue.squares()
+        losses, norm, loads = sums.read(squares)
+        main = losses["loss.main"]
+        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
+            wrong = f"loss is {main}" if not math.isfinite(main) else f"gradient norm is {norm}"
+            raise WorkError(
+                f"step {self.steps + 1}: the {wrong}. {self._where(runner, parts)}. Nothing of this step was applied; "
+                "start again with a lower --lr or other data, or resume from the last checkpoint."
+            )
         self.steps += 1
-        rate = self.recipe.lr if lr is None else lr
-        norm = self._update(rate)
+        self._epilogue.update(rate, self.steps, squares)
         self._generation += 1
-        by_layer = self._update_biases(loads)
+        by_layer: dict[str, torch.Tensor] = {}
+        for layer in sequence.layers:
+            name = next((n for n in layer.outputs if n in loads), None)
+            if name is not None:
+                bias = next(n for n in layer.inputs if n in self.weights.tensors)
+                self._epilogue.update_bias(bias, sums.load(name))
+                by_layer[layer.name] = loads[name]
         self._stale = True
-        values = {name: float(t) for name, t in totals.items()}
-        return StepResult(
-            self.steps, values["loss.main"], tuple(v for n, v in values.items() if n.startswith("loss.mtp")),
-            sum(v for n, v in values.items() if n.startswith("balance")), norm, rate, tokens.numel(), by_layer,
-        )  # fmt: skip
+        mtp = tuple(v for n, v in losses.items() if n.startswith("loss.mtp"))
+        balance = sum(v for n, v in losses.items() if n.startswith("balance"))
+        return StepResult(self.steps, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
+
+    def _where(self, runner: Runner, parts: tuple[torch.Tensor, ...]) -> str:
+        """A sentence on the first value of this step that is no number, found by doing it again."""
+        held = first_unusable(self.weights.tensors)
+        if held is not None:
+            return f"The weight {held[0]} held {held[1]} before it"
+        if self.program.has_sequence("prologue"):
+            fault = first_fault(self._runners[("prologue",)])
+            if fault is not None:
+                return f"The first value that is no number: {fault}"
+        for i, part in enumerate(parts):
+            runner.values["tokens"].copy_(part)
+            fault = first_fault(runner)
+            if fault is not None:
+                return f"The first value that is no number, in micro-batch {i + 1} of {len(parts)}: {fault}"
+        return "Every value is a number; what overflows is the sum over micro-batches or of the gradients' squares"
 
     def gradients(self, tokens: torch.Tensor, losses: tuple[str, ...] = ("main",)) -> dict[str, torch.Tensor]:
         """Gradients by Hugging Face weight name, on tokens [B, S] as one batch.
@@ -321,7 +356,9 @@ class Session:
     def _prologue(self) -> None:
         if self._stale and self.program.has_sequence("prologue"):
             self._hoisted()
-            self._runners[("prologue",)].run()
+            runner = self._runners[("prologue",)]
+            runner.run()
+            runner.capture(accumulates=False)
         self._stale = False
 
     def _set_losses(self, runner: Runner, sequence: Sequence, losses: tuple[str, ...], share: float) -> None:
@@ -334,59 +371,3 @@ class Session:
         for name in sequence.losses:
             kind, weight = next(w for prefix, w in weights.items() if name.startswith(prefix))
             runner.values[f"d:{name}"].fill_(weight * share if kind in losses else 0.0)
-
-    def _scalar(self, name: str, value: float) -> torch.Tensor:
-        if name not in self._scalars:
-            self._scalars[name] = torch.zeros((), dtype=torch_dtype(self.weights.wide), device=self.device)
-        return self._scalars[name].fill_(value)
-
-    def _graph(self, key: str, name: str, tensors: Mapping[str, torch.Tensor],
-               results: Mapping[str, torch.Tensor] | None = None) -> Runner:  # fmt: skip
-        if ("graph", key) not in self._runners:
-            self._runners[("graph", key)] = prepare_graph(self.engine, name, tensors, results)
-        return self._runners[("graph", key)]
-
-    def _update(self, lr: float) -> float:
-        """Clip all gradients together and update every group; gives the norm before clipping."""
-        self.weights.start_optimizer()
-        squares = torch.zeros((), dtype=torch_dtype(self.weights.wide), device=self.device)
-        for name, group in self.weights.groups.items():
-            assert group.gradient is not None
-            runner = self._graph(f"squares.{name}", "gradient_squares", {"gradient": group.gradient})
-            runner.run()
-            squares += runner.values["squares"]
-        total = self._scalar("squares", 0.0).copy_(squares)
-        clip = self._graph("clip", "clip", {"squares": total})
-        clip.run()
-        rates = {"embedding": self.recipe.embedding_lr, "head": self.recipe.head_lr}
-        for name, group in self.weights.groups.items():
-            assert group.gradient is not None and group.m is not None and group.v is not None
-            settings = {
-                "scale": clip.values["scale"],
-                "lr": self._scalar(f"lr.{name}", lr * rates.get(name, 1.0)),
-                "step": self._scalar("step", float(self.steps)),
-            }
-            state = {"w": group.master, "gradient": group.gradient, "m": group.m, "v": group.v}
-            results = {"w_next": group.master, "m_next": group.m, "v_next": group.v}
-            graph = "update" if name == "norm" else "update_decayed"
-            self._graph(f"update.{name}", graph, state | settings, results).run()
-        return float(squares.sqrt())
-
-    def _update_biases(self, loads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Move each router's bias toward balance (section 2.1.2); gives tokens per expert by layer name."""
-        by_layer: dict[str, torch.Tensor] = {}
-        for layer in self._train_sequence().layers:
-            name = next((n for n in layer.outputs if n in loads), None)
-            if name is None:
-                continue
-            bias = next(n for n in layer.inputs if n in self.weights.tensors)
-            by_layer[layer.name] = loads[name]
-            zeros = torch.zeros_like(self.weights.tensors[bias])
-            load = self._scalars.setdefault(f"load.{bias}", zeros).copy_(loads[name])
-            tensors = {
-                "bias": self.weights.tensors[bias],
-                "load": load,
-                "speed": self._scalar("speed", self.recipe.bias_speed),
-            }
-            self._graph(f"bias.{bias}", "update_bias", tensors, {"bias_next": self.weights.tensors[bias]}).run()
-        return by_layer
