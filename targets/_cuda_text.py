@@ -166,6 +166,21 @@ def embedding_wgrad(tokens, order, dy, dw, count, cols, BLOCK: tl.constexpr, ADD
         tl.store(at, total, mask=c < cols)
 """
 
+SUM_SQUARES = f"""{HEAD}
+
+@triton.jit
+def sum_squares(x, part, blocks, rest, BLOCK: tl.constexpr):
+    first = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    end = x + blocks.to(tl.int64) * BLOCK
+    v = tl.load(end + lane, mask=(lane < rest) & (first == 0), other=0.0).to(tl.float32)
+    total = v * v
+    for block in range(first, blocks, tl.num_programs(0)):
+        v = tl.load(x + block.to(tl.int64) * BLOCK + lane).to(tl.float32)
+        total += v * v
+    tl.store(part + first, tl.sum(total, 0))
+"""
+
 SORT_BY_EXPERT = f"""{HEAD}
 
 @triton.jit

@@ -15,6 +15,7 @@ from dsv3c.targets._cuda_text import (
     EMBEDDING_WGRAD,
     PERMUTE,
     SORT_BY_EXPERT,
+    SUM_SQUARES,
     UNPERMUTE,
 )
 from dsv3c.targets._torch_tokens import embedding, permute_weights, unpermute_weights
@@ -28,6 +29,8 @@ Tensors = tuple["torch.Tensor", ...]
 
 CHUNK = 128
 """Choices that one program counts and places."""
+SQUARES_PROGRAMS, SQUARES_BLOCK = 1056, 4096
+"""Programs that share a sum of squares, and numbers that one takes at a time."""
 
 
 def embedding_wgrad(inputs: Tensors, outputs: Tensors, *, vocab: int, accumulate: bool = False) -> Call:
@@ -118,10 +121,18 @@ def unpermute(inputs: Tensors, outputs: Tensors) -> Call:
 
 
 def sum_squares(inputs: Tensors, outputs: Tensors) -> Call:
+    """Partial sums, whose number does not depend on the GPU, so that bits repeat; nothing as large as the input."""
     (g,), (out,) = inputs, outputs
+    if not g.is_contiguous():
+        return lambda: out.copy_(torch.linalg.vector_norm(g, dtype=out.dtype).square_())  # type: ignore[return-value]
+    part = scratch(24, (SQUARES_PROGRAMS,), torch.float32, g.device)
+    blocks, rest = divmod(g.numel(), SQUARES_BLOCK)
+    values = {"x": g.view(-1), "part": part, "blocks": blocks, "rest": rest}
+    go = launch(SUM_SQUARES, "sum_squares", (SQUARES_PROGRAMS,), values, warps=8, BLOCK=SQUARES_BLOCK)
 
     def run() -> None:
-        out.copy_(torch.linalg.vector_norm(g, dtype=out.dtype).square_())
+        go()
+        torch.sum(part, 0, out=out)
 
     return run
 

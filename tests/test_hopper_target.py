@@ -98,6 +98,9 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, int], int]] = {
         {"BLOCK": 2048},
         4,
     ),
+    "sum_squares": (
+        _cuda_text.SUM_SQUARES, {"x": FLOAT, "part": FLOAT, "blocks": NUMBER, "rest": NUMBER}, {"BLOCK": 4096}, 8,
+    ),
     "count_choices": (
         _cuda_text.SORT_BY_EXPERT, {"e": WORD, "counts": WORD, "count": NUMBER}, {"EXPERTS": 256, "CHUNK": 128}, 4,
     ),
@@ -261,7 +264,8 @@ class TestOnGpu:
         _agree("cross_entropy", (logits, labels), 1e-5)
         lse = _reference("cross_entropy", logits, labels)[1]
         _agree("cross_entropy_grad", (torch.tensor(0.7).cuda(), logits, labels, lse), 1e-2)
-        _agree("sum_squares", (logits.float(),), 1e-5)
+        for shape in ((3,), (4096,), (5000, 1000)):
+            _agree("sum_squares", (_random(*shape, dtype=F32),), 1e-5)
 
     def test_rotary_tables_and_sums_over_heads(self) -> None:
         positions = torch.arange(300, dtype=torch.int32).view(2, 150).cuda()
