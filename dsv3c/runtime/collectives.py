@@ -5,7 +5,7 @@ The same calls run on gloo, where waiting blocks the host, and on NCCL, where it
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,17 +17,23 @@ from dsv3c.tensors import wide
 CHANNELS = ("f0", "b0", "f1", "b1")
 """Forward and backward of each of DualPipe's two directions. In one channel all messages of a pair go one way."""
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
 CHUNK_BYTES = 64 << 20
 """Temporary memory of one step of `exchange_shards`."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Some ranks, ascending, and this rank's place among them; `handle` is None for a group of one."""
+    """Some ranks, ascending, and this rank's place among them; `handle` is None for a group of one.
+
+    `ordered`: transfers are ordered by streams (NCCL), not by the host (gloo).
+    """
 
     ranks: tuple[int, ...]
     index: int
     handle: dist.ProcessGroup | None
+    ordered: bool = False
 
     @property
     def size(self) -> int:
@@ -41,6 +47,7 @@ class Pending:
     works: list[dist.Work] = field(default_factory=list)
     peers: str = ""
     tensors: tuple[torch.Tensor, ...] = ()
+    after: Callable[[], None] | None = None
 
     def wait(self) -> None:
         """Block the host (gloo) or the current stream (NCCL) until done. Raises WorkError if a peer is lost."""
@@ -48,29 +55,59 @@ class Pending:
             for work in self.works:
                 work.wait()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise WorkError(f"a transfer with {self.peers} failed: {reason}; is that rank still running?") from error
-        self.works, self.tensors = [], ()
+            raise _lost(self.peers, error) from error
+        if self.after is not None:
+            self.after()
+        self.works, self.tensors, self.after = [], (), None
+
+
+def _lost(peers: str, error: RuntimeError) -> WorkError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+    return WorkError(f"a transfer with {peers} failed: {reason}; is it still running?")
 
 
 def swap(group: Group, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]]) -> Pending:
     """Send `sends[i]` to member i and fill `receives[i]` with what it sends here, all at once; own part is copied.
 
-    All tensors are contiguous; the tensors of two members match in order and bytes, and empty ones are skipped on
-    both sides.
+    All members call it. All tensors are contiguous; what two members have for each other matches in order and bytes.
     """
     for a, b in zip(sends[group.index], receives[group.index], strict=True):
         if a.numel():
             b.copy_(a)
     if group.handle is None:
         return Pending()
-    steps: list[dist.P2POp] = []
+    peers = f"one of the ranks {', '.join(str(r) for i, r in enumerate(group.ranks) if i != group.index)}"
+    if not group.ordered:
+        return _swap_packed(group, sends, receives, peers)
     others = [(group.index + i) % group.size for i in range(1, group.size)]
-    for i in others:
-        steps += [dist.P2POp(dist.irecv, _bytes(t), group=group.handle, group_peer=i) for t in receives[i] if t.numel()]
-    for i in others:
-        steps += [dist.P2POp(dist.isend, _bytes(t), group=group.handle, group_peer=i) for t in sends[i] if t.numel()]
-    return _begin(steps, f"one of the ranks {', '.join(str(group.ranks[i]) for i in sorted(others))}")
+    steps = [dist.P2POp(dist.irecv, _bytes(t), group=group.handle, group_peer=i)
+             for i in others for t in receives[i] if t.numel()]  # fmt: skip
+    steps += [dist.P2POp(dist.isend, _bytes(t), group=group.handle, group_peer=i)
+              for i in others for t in sends[i] if t.numel()]  # fmt: skip
+    return _begin(steps, peers)
+
+
+def _swap_packed(group: Group, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]],
+                 peers: str) -> Pending:  # fmt: skip
+    """`swap` as one call of gloo, whose messages cost more than copies: 3 to 4 times faster for small tensors."""
+    out, into = (
+        [[_bytes(t) for t in ts if t.numel() and i != group.index] for i, ts in enumerate(given)]
+        for given in (sends, receives)
+    )
+    sent = torch.cat([t for ts in out for t in ts] or [torch.empty(0, dtype=torch.uint8)])
+    out_bytes, into_bytes = ([sum(t.numel() for t in ts) for ts in given] for given in (out, into))
+    received = torch.empty(sum(into_bytes), dtype=torch.uint8)
+    targets = [t for ts in into for t in ts]
+
+    def unpack() -> None:
+        for t, part in zip(targets, received.split([t.numel() for t in targets]), strict=True):
+            t.copy_(part)
+
+    try:
+        work = dist.all_to_all_single(received, sent, into_bytes, out_bytes, group=group.handle, async_op=True)
+    except RuntimeError as error:
+        raise _lost(peers, error) from error
+    return Pending([work], peers, (sent, received), unpack)
 
 
 def _bytes(t: torch.Tensor) -> torch.Tensor:
@@ -84,8 +121,21 @@ def _begin(steps: list[dist.P2POp], peers: str) -> Pending:
     try:
         works = dist.batch_isend_irecv(steps)
     except RuntimeError as error:
-        raise WorkError(f"a transfer with {peers} failed: {str(error).strip().splitlines()[0]}") from error
+        raise _lost(peers, error) from error
     return Pending(works, peers, tuple(s.tensor for s in steps))
+
+
+def gather(part: torch.Tensor, whole: torch.Tensor, group: Group) -> Pending:
+    """Begin to fill `whole` with the equal `part` of each member, in order; `part` may be its own place in `whole`."""
+    if group.handle is None:
+        whole.view(-1).copy_(part.view(-1))
+        return Pending()
+    peers = f"one of the ranks {', '.join(map(str, group.ranks))}"
+    try:
+        work = _all_gather(whole.view(-1), part.view(-1), group=group.handle, async_op=True)
+    except RuntimeError as error:
+        raise _lost(peers, error) from error
+    return Pending([work], peers, (part, whole))
 
 
 @dataclass(frozen=True)
@@ -121,13 +171,7 @@ def gather_shards(flat: torch.Tensor, shard: torch.Tensor, group: Group) -> None
     own = _shards(flat, group)[group.index]
     if own.data_ptr() != shard.data_ptr():
         own.copy_(shard.view(-1))
-    if group.handle is None:
-        return
-    if flat.is_cuda:
-        dist.all_gather_into_tensor(flat.view(-1), own, group=group.handle)
-        return
-    parts = _shards(flat, group)
-    swap(group, [[own]] * group.size, [[p] for p in parts]).wait()
+    gather(own, flat, group).wait()
 
 
 def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_bytes: int = CHUNK_BYTES) -> None:

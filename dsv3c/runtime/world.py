@@ -169,7 +169,7 @@ class World:
         )
         dist.all_reduce(torch.zeros(1, device=self.device), group=made)
         torch.cuda.synchronize(self.device)
-        return Group(ranks, index, made)
+        return Group(ranks, index, made, ordered=True)
 
     def barrier(self) -> None:
         """Wait until every rank is here. Raises WorkError if one is lost."""
