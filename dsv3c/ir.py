@@ -194,7 +194,8 @@ class Weight:
     """A stored tensor of the model. `init`: `normal` (with `std`), `ones` or `zeros`.
 
     `group` chooses optimizer settings: `embedding`, `head`, `norm`, `matrix`, or `state` for what is kept and
-    updated but never trained by gradient (the router bias).
+    updated but never trained by gradient (the router bias). `parts`: among how many ranks its leading axis is divided
+    (experts); `type` is then that of one rank.
     """
 
     name: str
@@ -202,6 +203,14 @@ class Weight:
     init: str
     std: float
     group: str
+    parts: int = 1
+
+    @property
+    def shape(self) -> tuple[Dim, ...]:
+        """The shape with the parts of all ranks."""
+        if self.parts == 1:
+            return self.type.shape
+        return (multiply(self.parts, self.type.shape[0]), *self.type.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from dsv3c.capacity import capacity
 from dsv3c.ir import IRError, Program
 from dsv3c.job import Job, Mesh
 from dsv3c.op import Registry
+from dsv3c.schedule import Schedule
 from dsv3c.target import Machine, Target
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ class State:
     target: Target | None = None
     symbol_sizes: tuple[tuple[str, int], ...] = ()
     cut: tuple[Cut, ...] | None = None
+    schedule: Schedule | None = None
     buffers: BufferPlan | None = None
 
     @property

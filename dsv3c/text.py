@@ -47,7 +47,8 @@ def show_program(program: Program) -> str:
     if program.sequences or program.weights or [g.name for g in program.graphs] != [program.name]:
         parts.insert(0, f"name = {program.name!r}\n")
     if program.weights:
-        rows = [(w.name, str(w.type), w.init, w.std, w.group) for w in program.weights]
+        rows = [(w.name, str(w.type), w.init, w.std, w.group, *([w.parts] if w.parts > 1 else []))
+                for w in program.weights]  # fmt: skip
         parts.append("weights = [\n" + "".join(f"    {row!r},\n" for row in rows) + "]\n")
     if program.sequences:
         parts.append("sequences = [\n" + "".join(map(_show_sequence, program.sequences)) + "]\n")
@@ -77,6 +78,13 @@ def parse_graph(text: str, registry: Registry, file: str = "<text>") -> Graph:
 
 
 _COMMENT = re.compile(r"^(?P<types>[^@]*?)\s*(?:@(?P<phase>[FBW])(?::(?P<path>\S+))?)?$")
+
+
+def _parts(rest: list[Attr]) -> int:
+    """Among how many ranks a weight is divided, by what follows its group; 0 if that is no such number."""
+    if not rest:
+        return 1
+    return rest[0] if len(rest) == 1 and isinstance(rest[0], int) else 0
 
 
 class _Parser:
@@ -132,13 +140,13 @@ class _Parser:
 
     def weight(self, tree: ast.expr) -> Weight:
         match self.literal(tree):
-            case (str(name), str(text), str(init), (float() | int()) as std, str(group)):
+            case (str(name), str(text), str(init), (float() | int()) as std, str(group), *rest) if _parts(rest) >= 1:
                 try:
                     type_tree = ast.parse(text, mode="eval").body
                 except (SyntaxError, ValueError):
                     raise self.error(tree, f"expected a type such as bf16[B, S, 256], got {text!r}") from None
-                return Weight(name, self.type(type_tree, tree), init, float(std), group)
-        raise self.error(tree, "expected (name, type, init, std, group)")
+                return Weight(name, self.type(type_tree, tree), init, float(std), group, _parts(rest))
+        raise self.error(tree, "expected (name, type, init, std, group) and perhaps among how many ranks it is divided")
 
     def sequence(self, tree: ast.expr) -> Sequence:
         match self.literal(tree):
