@@ -171,7 +171,7 @@ def _order(schedule: Schedule, places: _Places) -> list[Place]:
             cell = row[at[rank]]
             wanted = [(s, a.micro_batch, k) for a in cell for s, k in needs(a, stages)]
             for s, m, k in wanted:
-                if k != "W" and schedule.rank_of(s, m) != rank and (s, m, k.lower()) not in happened:
+                if places[s, m, k][0] != rank and (s, m, k.lower()) not in happened:
                     happen((s, m, k.lower()))
             missing = next((event for event in (*behind[rank], *wanted) if event not in happened), None)
             if missing is not None:
@@ -184,8 +184,8 @@ def _order(schedule: Schedule, places: _Places) -> list[Place]:
                 key = _key(a)
                 happen(key)
                 to = _receiver(schedule, key)
-                if to is not None and schedule.rank_of(to[0], a.micro_batch) != rank:
-                    channel = rank, schedule.rank_of(to[0], a.micro_batch), key[2], schedule.route_of(a.micro_batch)
+                if to is not None and places[to][0] != rank:
+                    channel = rank, places[to][0], key[2], schedule.route_of(a.micro_batch)
                     if channel in last:
                         s, m, k = last[channel]
                         behind[rank].append((s, m, k.lower()))
