@@ -23,7 +23,7 @@ from dsv3c.runtime.weights import Weights
 MODEL, SEQ = "deepseek-v3-slice", 4096
 
 
-def _draw_on_gpu(weights: Weights, seed: int, parts: object) -> None:
+def draw_on_gpu(weights: Weights, seed: int, parts: object) -> None:
     """Weights of the right distribution, drawn where they lie: drawing billions on the CPU takes minutes."""
     generator = torch.Generator(device=weights.device).manual_seed(seed)
     for w in weights.program.weights:
@@ -37,7 +37,7 @@ def _draw_on_gpu(weights: Weights, seed: int, parts: object) -> None:
 def load(precision: str, plan: str | None) -> Session:
     """A session on the GPU; `plan` is a file, or None to compile here."""
     made = plan or dsv3c.compile(MODEL, target="h100", precision=precision, seq=SEQ)
-    with mock.patch.object(Weights, "initialize", _draw_on_gpu):
+    with mock.patch.object(Weights, "initialize", draw_on_gpu):
         return dsv3c.load(made)
 
 
