@@ -11,9 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dsv3c.capacity import capacity
-from dsv3c.dims import bind
+from dsv3c.dims import bind, multiply
 from dsv3c.ir import Graph, Node, Program, Type, Value
-from dsv3c.job import Job
 from dsv3c.op import Registry
 from dsv3c.rewrite import CALL, crosses_ranks
 from dsv3c.segments import Segment, communicates
@@ -95,13 +94,14 @@ def traffic(payload: float, ranks: int, node: int, routing: Routing, two_hop: bo
     return Traffic(payload * reached * (ranks - local) / ranks, payload * reached * (local - 1) / ranks)
 
 
-def balanced_sizes(program: Program, job: Job, routing: Routing | None) -> dict[str, int]:
-    """The job's sizes, with as many rows received and sorted as balanced load brings, not as many as buffers hold."""
-    sizes = {**job.sizes, **capacity(program, job.sizes)}
+def balanced_sizes(program: Program, sizes: Mapping[str, int], routing: Routing | None) -> dict[str, int]:
+    """`sizes`, and those of rows received and sorted as balanced load brings them, not as many as buffers hold."""
+    found = {**sizes, **capacity(program, sizes)}
     for node in (n for g in program.graphs for n in g.nodes if n.op == "dispatch" and crosses_ranks(n)):
-        if routing is not None:
-            sizes[str(node.attr("rows"))] = round(job.micro_batch * job.seq * routing.reached(job.mesh.ep))
-    return sizes
+        ranks, tokens = node.attr("ranks"), multiply(*node.inputs[0].type.shape[:-1])
+        if routing is not None and isinstance(ranks, int):
+            found[str(node.attr("rows"))] = round(bind(tokens, sizes) * routing.reached(ranks))
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +120,11 @@ class Times:
     lent: int = 0
 
     @classmethod
-    def of(cls, program: Program, registry: Registry, job: Job, machine: Machine) -> Times:
-        """The times of a job's program, with all units for computation; nodes of the job's size."""
+    def of(cls, program: Program, registry: Registry, sizes: Mapping[str, int], machine: Machine) -> Times:
+        """The times of a program with all units for computation; `sizes` are those of tokens."""
         routing = routing_of(program)
-        return cls(registry, balanced_sizes(program, job, routing), replace(machine, node=job.ranks_per_node),
-                   {g.name: g for g in program.graphs}, routing)  # fmt: skip
+        graphs = {g.name: g for g in program.graphs}
+        return cls(registry, balanced_sizes(program, sizes, routing), machine, graphs, routing)
 
     def with_lent(self, units: int) -> Times:
         """The same with that many units for communication."""

@@ -125,11 +125,11 @@ def _by_communication(graph: Graph, comm: list[bool]) -> _Stages:
     wanted = [None if c or r not in compute else 2 * compute.index(r)
               for c, r in zip(comm, map(_role, graph.nodes), strict=True)]  # fmt: skip
     stages = _settle(graph, wanted, comm, last)
-    titles = []
+    titles: list[str] = []
     for stage in range(last + 1):
-        here = (n for n, s in zip(graph.nodes, stages, strict=True) if s == stage)
-        titles.append(next(here).path.rpartition(".")[2] or f"exchange{stage // 2}" if stage % 2 else
-                      compute[stage // 2])  # fmt: skip
+        here = (n.path.rpartition(".")[2] for n, s in zip(graph.nodes, stages, strict=True) if s == stage)
+        title = next(here) if stage % 2 else compute[stage // 2]
+        titles.append(f"exchange{stage // 2}" if title in ("", *titles) else title)
     return _Stages(stages, tuple(titles))
 
 

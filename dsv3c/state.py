@@ -17,6 +17,7 @@ from dsv3c.target import Machine, Target
 
 if TYPE_CHECKING:
     from dsv3c.arena import BufferPlan
+    from dsv3c.interleave import Overlap
 
 SHOWN_GRAPHS = 4
 """How many changed graphs a pass's line names before it only counts."""
@@ -92,6 +93,7 @@ class State:
     symbol_sizes: tuple[tuple[str, int], ...] = ()
     cut: tuple[Cut, ...] | None = None
     schedule: Schedule | None = None
+    overlap: Overlap | None = None
     buffers: BufferPlan | None = None
 
     @property

@@ -22,11 +22,12 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors files lazy discover dims ir",
         "op rows target schedule schedules tensors job",
         "text verify build",
-        "ops interp rewrite capacity state arena notes plan plandiff layout stages segments costs",
+        "ops interp rewrite capacity state arena notes plan plandiff layout stages selection "
+        "segments costs interleave comm",
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",
         "driver",
-        "commands cli demo __init__ __main__",
+        "commands report_commands cli demo tune __init__ __main__",
     )
 )
 # Folders of one row that must not know each other, and one that must not know the compiler.
