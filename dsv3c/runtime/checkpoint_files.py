@@ -75,12 +75,13 @@ class Piece(NamedTuple):
 class Contents:
     """What a checkpoint holds: `stored`, every tensor of the model on all ranks; `pieces`, those of this rank.
 
-    The pieces of all ranks cover every tensor exactly once when they are saved. When they are loaded, any may be asked
-    for by any rank. `mesh` is written down for the reader.
+    The pieces of all ranks cover every tensor exactly once. `copies` are pieces that another rank saves, but that are
+    read here too. `mesh` is written down for the reader.
     """
 
     stored: Mapping[str, Stored]
     pieces: tuple[Piece, ...]
+    copies: tuple[Piece, ...] = ()
     mesh: str = ""
 
     @classmethod

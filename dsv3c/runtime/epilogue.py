@@ -10,7 +10,7 @@ from dsv3c.ir import Sequence
 from dsv3c.job import Recipe
 from dsv3c.runtime.executor import Engine, prepare_graph
 from dsv3c.runtime.runner import Runner
-from dsv3c.runtime.weights import Weights
+from dsv3c.runtime.weights import Trained
 from dsv3c.tensors import torch_dtype
 
 
@@ -57,7 +57,7 @@ class Epilogue:
     """The graphs `gradient_squares`, `clip`, `update...` and `update_bias`, bound once; what changes from step to step
     lies in tensors on the device."""
 
-    def __init__(self, engine: Engine, weights: Weights, recipe: Recipe) -> None:
+    def __init__(self, engine: Engine, weights: Trained, recipe: Recipe) -> None:
         self._engine, self._weights, self._recipe = engine, weights, recipe
         self._runners: dict[str, Runner] = {}
         self._scalars: dict[str, torch.Tensor] = {}
@@ -81,10 +81,10 @@ class Epilogue:
         count = self._scalar("step", float(step))
         for name, group in self._weights.groups.items():
             assert group.gradient is not None and group.m is not None and group.v is not None
-            rate = self._scalar(f"lr.{name}", lr * rates.get(name, 1.0))
+            rate = self._scalar(f"lr.{name}", lr * rates.get(group.name, 1.0))
             state = {"w": group.master, "gradient": group.gradient, "m": group.m, "v": group.v}
             results = {"w_next": group.master, "m_next": group.m, "v_next": group.v}
-            graph = "update" if name == "norm" else "update_decayed"
+            graph = "update" if group.name == "norm" else "update_decayed"
             inputs = state | {"scale": clip.values["scale"], "lr": rate, "step": count}
             self._graph(f"update.{name}", graph, inputs, results).run()
 

@@ -1,29 +1,25 @@
-"""Checkpoints in Hugging Face form: safetensors (FP8 too) into given weights, and out to what transformers loads."""
+"""Read checkpoints in Hugging Face form: safetensors (FP8 too) into given weights."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dsv3c.errors import InputError, WorkError
-from dsv3c.models.checkpoint import ROUTER_BIAS, Part, hf_shapes, layer_of, shared_with
+from dsv3c.errors import InputError
+from dsv3c.models.checkpoint import Part, layer_of, shared_with
 from dsv3c.models.checkpoint import parts as dsv3_parts
 from dsv3c.models.config import ModelConfig, load_config
+from dsv3c.runtime.hf_write import INDEX, SINGLE, Directory, save_hf
 
-Directory: TypeAlias = str | os.PathLike[str]
 Shape = tuple[int, ...]
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SCALE = "_scale_inv"
 BLOCK = 128
 _CODES = {
@@ -33,7 +29,6 @@ _CODES = {
     torch.float16: "F16",
     torch.float8_e4m3fn: "F8_E4M3",
 }
-_OURS = re.compile(r"model(\.\d+)?(-\d{5}-of-\d{5})?\.safetensors")
 _FP8 = _CODES[torch.float8_e4m3fn]
 
 
@@ -110,24 +105,31 @@ def load_hf(
     tensors and rotary tables. Raises InputError, before anything is copied, with all missing, unexpected and
     misshapen tensors.
     """
+    targets = {
+        part.hf_name: weight[part.index]
+        for name, weight in weights.items()
+        for part in parts(name, tuple(weight.shape))
+    }
+    return load_parts(directory, targets, {name: tuple(target.shape) for name, target in targets.items()})
+
+
+def load_parts(directory: Directory, targets: Mapping[str, torch.Tensor], wanted: Mapping[str, Shape]) -> Loaded:
+    """Copy tensors of a checkpoint into `targets`, by Hugging Face name; `wanted`, of which they are some, are the
+    names and shapes of all that the model needs. Else as `load_hf`."""
     entries = read_entries(directory)
-    targets: dict[str, tuple[str, Part, Shape]] = {}
-    for name, weight in weights.items():
-        for part in parts(name, tuple(weight.shape)):
-            targets[part.hf_name] = (name, part, tuple(weight[part.index].shape))
-    ignored = _ignorable(entries, targets)
-    _check(Path(directory), entries, {name: shape for name, (_, _, shape) in targets.items()}, ignored)
+    ignored = _ignorable(entries, wanted)
+    _check(Path(directory), entries, wanted, ignored)
     with ExitStack() as stack, torch.no_grad():
         read = _Reader(entries, stack)
         for name in ignored:
             source = shared_with(name)
-            if source in targets and not torch.equal(read(name), read(source)):
+            if source is not None and source in targets and not torch.equal(read(name), read(source)):
                 raise InputError(
                     f"{entries[name].file}: {name} differs from {source}; an MTP module with an embedding or head of "
                     "its own is not supported"
                 )
-        for hf_name, (name, part, _) in sorted(targets.items(), key=lambda item: str(entries[item[0]].file)):
-            weights[name][part.index].copy_(read(hf_name))
+        for name, target in sorted(targets.items(), key=lambda item: str(entries[item[0]].file)):
+            target.copy_(read(name))
         return Loaded(len(targets), read.bytes, tuple(ignored))
 
 
@@ -249,133 +251,7 @@ def dequantize(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def save_hf(
-    directory: Directory,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-    dtype: torch.dtype | None = None,
-) -> Path:
-    """Write a checkpoint that transformers, vLLM and SGLang load; returns its directory.
-
-    `tensors` are all of the checkpoint's, by Hugging Face name; `dtype` casts them, but router biases are float32
-    always. A new directory appears whole or not at all. In an existing one other files stay, and one last rename
-    switches from the old weights to the new. Raises WorkError when it cannot be written: what was there is kept.
-    """
-    target = Path(directory).absolute()
-    work: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.parent / f".{target.name}.{os.getpid()}.tmp"
-        unfinished.mkdir()
-        work = unfinished
-        shards = _write_shards(work, config, tensors, max_shard_bytes, dtype)
-        stored = dtype if dtype is not None else shards.dtype
-        _write_json(work / "config.json", config.to_hf_dict(str(stored).removeprefix("torch.")))
-        eos = list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos}
-        _write_json(work / "generation_config.json", {"_from_model_config": True, **ids})
-        _install(work, target, shards)
-    except OSError as error:
-        raise WorkError(f"{target}: the checkpoint cannot be written: {error.strerror or error}") from None
-    finally:
-        if work is not None:
-            shutil.rmtree(work, ignore_errors=True)
-    return target
-
-
-@dataclass(slots=True)
-class _Shards:
-    """Written shards in order, each with its tensors' names, and the element type that most of the model has."""
-
-    files: list[tuple[Path, list[str]]]
-    bytes: int
-    dtype: torch.dtype
-
-
-def _write_shards(
-    work: Path,
-    config: ModelConfig,
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    max_shard_bytes: int,
-    dtype: torch.dtype | None,
-) -> _Shards:
-    wanted = hf_shapes(config)
-    shards = _Shards([], 0, torch.float32)
-    waiting: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        file = work / f"shard-{len(shards.files):05d}"
-        _write_safetensors(file, waiting)
-        shards.files.append((file, list(waiting)))
-        waiting.clear()
-
-    size = 0
-    for name, tensor in tensors:
-        if wanted.pop(name, None) != tuple(tensor.shape):
-            raise ValueError(f"save_hf: {name} {list(tensor.shape)} is unknown, misshapen or given twice")
-        kept = torch.float32 if name.endswith(ROUTER_BIAS) else dtype if dtype is not None else tensor.dtype
-        shards.dtype = tensor.dtype if name == "lm_head.weight" else shards.dtype
-        bytes_ = tensor.numel() * kept.itemsize
-        if waiting and size + bytes_ > max_shard_bytes:
-            flush()
-            size = 0
-        waiting[name] = tensor.detach().to(kept)
-        size += bytes_
-        shards.bytes += bytes_
-    if wanted:
-        raise ValueError(f"save_hf: not given: {_listed(wanted)}")
-    flush()
-    return shards
-
-
-def _write_safetensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for name, tensor in tensors.items():
-        end = start + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
-            out.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _write_json(file: Path, value: object) -> None:
-    with open(file, "w", encoding="utf-8") as out:
-        out.write(json.dumps(value, indent=2) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _install(work: Path, target: Path, shards: _Shards) -> None:
-    """Name the shards, and move all files into place; the weights change over at one rename or removal."""
-    old = {f.name for f in target.glob("*.safetensors")} if target.is_dir() else set()
-    count = len(shards.files)
-    if count == 1:
-        names = [SINGLE]
-    else:
-        attempt, stem = 0, "model"
-        while any(f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" in old for i in range(count)):
-            attempt += 1  # shards that the old index names stay until the new index stands
-            stem = f"model.{attempt}"
-        names = [f"{stem}-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-        owner = {key: name for name, (_, keys) in zip(names, shards.files, strict=True) for key in keys}
-        _write_json(work / INDEX, {"metadata": {"total_size": shards.bytes}, "weight_map": dict(sorted(owner.items()))})
-    for name, (file, _) in zip(names, shards.files, strict=True):
-        file.rename(work / name)
-    if not target.exists():
-        work.rename(target)
-        return
-    order = ["generation_config.json", "config.json", *names, *([INDEX] if count > 1 else [])]
-    for name in order:
-        os.replace(work / name, target / name)
-    stale = sorted(name for name in old if _OURS.fullmatch(name) and name not in names)
-    for name in stale if count > 1 else [INDEX, *stale]:
-        (target / name).unlink(missing_ok=True)
+__all__ = [
+    "INDEX", "SCALE", "SINGLE", "Entry", "Loaded", "checkpoint_config", "dequantize", "load_hf", "load_parts",
+    "read_entries", "save_hf",
+]  # fmt: skip

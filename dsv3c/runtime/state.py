@@ -194,7 +194,7 @@ def load_state(path: str | Path, tensors: State, *, peers: Peers = ALONE) -> dic
 
     def read() -> str:
         with PieceReader(path, record) as reader, _reading(path):
-            for piece in sorted(contents.pieces, key=reader.first_file):
+            for piece in sorted((*contents.pieces, *contents.copies), key=reader.first_file):
                 reader.read(piece)
         return ""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -22,13 +23,31 @@ KINDS = (MASTER, "m.", "v.")
 
 @dataclass
 class Group:
-    """One flat buffer [rows, LANE] of weights that share optimizer settings, and what the optimizer keeps beside it."""
+    """One flat buffer [rows, LANE] of weights that share the optimizer settings `name`, or a shard of one, and what
+    the optimizer keeps beside it."""
 
     name: str
     master: torch.Tensor
     gradient: torch.Tensor | None = None
     m: torch.Tensor | None = None
     v: torch.Tensor | None = None
+
+
+class Trained(Protocol):
+    """What the optimizer works on: flat groups, and router biases among `tensors`."""
+
+    device: str
+
+    @property
+    def groups(self) -> Mapping[str, Group]: ...
+
+    @property
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+    @property
+    def wide(self) -> DType: ...
+
+    def start_optimizer(self) -> None: ...
 
 
 class Weights:
