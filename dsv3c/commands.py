@@ -339,4 +339,19 @@ def _notes(plan: Plan, every: bool) -> str:
             mine = [(n.action, n.node, n.reason) for n in plan.notes if n.pass_name == r.name]
             lines += [table(mine, indent=6)] if mine else []
         shown.add(r.name)
+    lines += ["", *_implementations(plan, every)]
     return "\n".join(lines)
+
+
+def _implementations(plan: Plan, every: bool) -> tuple[str, ...]:
+    """How matrix products are executed: counts, or the note of each."""
+    from dsv3c.selection import STAGE
+
+    notes = [n for n in plan.notes if n.pass_name == STAGE]
+    if not notes:
+        return ()
+    counts = Counter(c.implementation for c in plan.choices)
+    head = "matrix products" + (f", by {plan.measured}" if plan.measured else "")
+    counted = table([(name, str(count)) for name, count in sorted(counts.items())], indent=2)
+    told = table([(n.action, n.node, n.reason) for n in notes], indent=6) if every or not counts else ""
+    return tuple(filter(None, (head, counted, told)))

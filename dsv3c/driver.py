@@ -19,6 +19,7 @@ from dsv3c.ops import REGISTRY
 from dsv3c.passes.plan_buffers import PlanBuffers, rank_memory
 from dsv3c.passes.recompute import Recompute
 from dsv3c.plan import MEMORY_KINDS, Memory, Parameters, Plan, StoredWeight, load_plan
+from dsv3c.selection import select
 from dsv3c.state import Note, Pass, PassReport, State, TakeNote
 from dsv3c.target import Kernel, Target
 from dsv3c.targets import find
@@ -60,11 +61,16 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
         stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir, settle=settle_price,
     )  # fmt: skip
     made, missing = generate_kernels(outcome.state.program, machine, task)
+    selection = select(outcome.state.program, machine, task)
+    if machine.selector is not None:
+        made = (*made, *machine.selector.kernels(selection.choices, task.kernels))
     return Plan.of(
         outcome.state.program, model=name, config=config.to_hf_dict(), parameters=_parameters(config), job=task,
-        pipeline=pipeline.show(outcome.passes), notes=outcome.notes, reports=outcome.reports,
-        weights=_stored(outcome.state.program), memory=_memory(outcome.state.buffers, machine), kernels=made,
+        pipeline=pipeline.show(outcome.passes), notes=(*outcome.notes, *selection.notes),
+        reports=outcome.reports, weights=_stored(outcome.state.program),
+        memory=_memory(outcome.state.buffers, machine), kernels=tuple(sorted(made, key=lambda k: k.id)),
         missing_kernels=missing, buffers=_buffers(outcome.state.buffers), steps=outcome.steps,
+        choices=selection.choices, measured=selection.measured,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from dsv3c.ir import Program
 from dsv3c.job import Job, Mesh, Recipe
 from dsv3c.notes import read_notes, show_notes
 from dsv3c.state import Note, PassReport
-from dsv3c.target import Kernel, KernelFile
+from dsv3c.target import Choice, Kernel, KernelFile, Product
 from dsv3c.text import parse_program, show_program
 
 FORMAT = 1
@@ -83,6 +83,7 @@ class Plan:
     buffers, comm    the contents of buffers.json and comm.json
     schedule         the contents of schedule.csv, one row per pipeline rank
     steps            (NN-name.ir, text) of every pass, with `--keep-ir`
+    choices          how each matrix product is executed, and `measured` the table that says so, with its hash
     """
 
     model: str
@@ -101,6 +102,8 @@ class Plan:
     comm: Mapping[str, Json] = dataclasses.field(default_factory=dict)
     schedule: str = ""
     steps: tuple[tuple[str, str], ...] = ()
+    choices: tuple[Choice, ...] = ()
+    measured: str = ""
     version: str = __version__
 
     @classmethod
@@ -138,6 +141,7 @@ class Plan:
             "mesh": dataclasses.asdict(self.job.mesh),
             "job": dataclasses.asdict(self.job),
             "missing_kernels": list(self.missing_kernels),
+            "measured": self.measured,
             "members": {name: _digest(data) for name, data in sorted(members.items())},
         }
         members["manifest.json"] = _json(manifest)
@@ -245,6 +249,7 @@ def _members(plan: Plan) -> dict[str, bytes]:
         "comm.json": _json(plan.comm),
         "buffers.json": _json(buffers),
         "weights.json": _json([dataclasses.asdict(w) for w in plan.weights]),
+        "implementations.json": _json([_choice(c) for c in plan.choices]),
     }
     members |= {f"ir/{name}": text.encode() for name, text in plan.steps}
     for kernel in plan.kernels:
@@ -260,6 +265,15 @@ def _members(plan: Plan) -> dict[str, bytes]:
         members[f"kernels/{kernel.id}.json"] = _json(head)
         members |= {f"kernels/{kernel.id}.{f.suffix}": f.data for f in kernel.files}
     return members
+
+
+def _choice(c: Choice) -> dict[str, Json]:
+    return {**dataclasses.asdict(c.product), "implementation": c.implementation, "kernel": c.kernel, "reason": c.reason}
+
+
+def _read_choice(line: dict[str, object]) -> Choice:
+    words = [str(line.pop(name)) for name in ("implementation", "kernel", "reason")]
+    return Choice(Product(**line), *words)  # type: ignore[arg-type]
 
 
 def _decode(members: Mapping[str, bytes]) -> Plan:
@@ -298,6 +312,8 @@ def _decode(members: Mapping[str, bytes]) -> Plan:
             for name in sorted(members)
             if re.fullmatch(r"ir/\d\d+-.+\.ir", name)
         ),
+        choices=tuple(map(_read_choice, json.loads(members["implementations.json"]))),
+        measured=manifest["measured"],
         version=manifest["dsv3c"],
     )
 
@@ -344,6 +360,8 @@ def summary(plan: Plan) -> dict[str, Json]:
         "notes": [{"pass": n.pass_name, "action": n.action, "node": n.node, "reason": n.reason} for n in plan.notes],
         "kernels": [{"id": k.id, "op": k.op, "lang": k.lang, "has_binary": k.has_binary} for k in plan.kernels],
         "missing_kernels": list(plan.missing_kernels),
+        "implementations": [_choice(c) for c in plan.choices],
+        "measured": plan.measured,
         "memory": {
             "peak_bytes": memory.peak_bytes,
             "limit_bytes": memory.limit_bytes,

@@ -46,6 +46,8 @@ def diff(a: Plan, b: Plan) -> tuple[Difference, ...]:
         *_kernels(a, b),
         *_fields("missing_kernels", dict.fromkeys(a.missing_kernels, "missing"),
                  dict.fromkeys(b.missing_kernels, "missing")),
+        *_fields("implementations", {"measured": a.measured}, {"measured": b.measured}),
+        *_fields("implementations", *({str(c.product): c.implementation for c in p.choices} for p in (a, b))),
         *_fields("memory", _flat(dataclasses.asdict(a.memory) | {"by_kind": dict(a.memory.by_kind)}),
                  _flat(dataclasses.asdict(b.memory) | {"by_kind": dict(b.memory.by_kind)})),
         *_fields("weights", {w.name: f"{w.dtype}{list(w.shape)} {w.shard}" for w in a.weights},

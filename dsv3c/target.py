@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3c.ir import DType, Graph
@@ -109,6 +111,77 @@ class Implementation:
     accumulates: bool = False
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Product:
+    """One matrix product at concrete sizes, 2·rows·n·k FLOP.
+
+    `rows` of k numbers times a k×n matrix, or one matrix for each of `groups`. A weight gradient gives n×k numbers and
+    is summed over `rows`; if it `adds`, to what is there. `dtype`: element type of the operands.
+    """
+
+    op: str
+    dtype: str
+    rows: int
+    n: int
+    k: int
+    groups: int = 1
+    adds: bool = False
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.n * self.k
+
+    def __str__(self) -> str:
+        groups = f" in {self.groups} groups" if self.groups > 1 else ""
+        return f"{self.op}{' adding' if self.adds else ''} {self.rows}×{self.n}×{self.k}{groups}"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which implementation executes a product, which kernel of the plan it launches (its id, or ""), and why."""
+
+    product: Product
+    implementation: str
+    kernel: str
+    reason: str
+
+
+class Selector(ABC):
+    """What a target says of matrix products for which it has several implementations."""
+
+    @abstractmethod
+    def product(self, op: str, types: Sequence[tuple[str, tuple[int, ...]]], adds: bool) -> Product | None:
+        """The product that `op` computes from operands of these element types and shapes; None if it computes none."""
+
+    @abstractmethod
+    def choose(self, products: Sequence[Product], mode: str) -> tuple[Choice, ...]:
+        """The implementation of each: the fastest by the measured table (`auto`), among the `generated` ones or those
+        of a `library` where there are such."""
+
+    @abstractmethod
+    def measured(self) -> str:
+        """The measured table: its name and the hash of its contents."""
+
+    @abstractmethod
+    def kernels(self, choices: Sequence[Choice], kernels: str) -> tuple[Kernel, ...]:
+        """The kernels that the choices name; none for `kernels` = none, without binaries for source."""
+
+    @abstractmethod
+    def implementations(self, choices: Sequence[Choice], kernels: Sequence[Kernel]) -> Mapping[str, Implementation]:
+        """All implementations by op, those of products as chosen, by the kernels of the plan."""
+
+    @abstractmethod
+    def tune(self, products: Sequence[Product], rounds: int, tell: Callable[[int, int, str], None]) -> Path:
+        """Measure the products here and put the result where `choose` finds it next time; gives that file.
+
+        `tell(done, total, line)` after each. Raises InputError if this machine has not the target's device.
+        """
+
+
+def _no_trouble() -> str:
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """A machine and how to run on it.
@@ -116,7 +189,9 @@ class Target:
     `generate(region, sizes, kernels)` gives the kernel of a fused region with symbols bound to `sizes` left open
     where the language can, or None if no generator covers it. `implementations` are by op name. `load(kernel)`
     gives `prepare(inputs, outputs)` as in `Implementation`. A target with `device` None can be compiled for but
-    not run. `expert_alignment` is to how many rows each expert's share is padded for an element type.
+    not run. `expert_alignment` is to how many rows each expert's share is padded for an element type. `selector`
+    knows what else can execute matrix products. `trouble()` says in a few words why this machine cannot run the
+    target's code, "" if it can.
     """
 
     name: str
@@ -128,3 +203,5 @@ class Target:
     generate: Callable[[Graph, Mapping[str, int], str], Kernel | None]
     implementations: Mapping[str, Implementation]
     load: Callable[[Kernel], Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]] | None
+    selector: Selector | None = None
+    trouble: Callable[[], str] = _no_trouble

@@ -1,8 +1,7 @@
-"""Products of quantized operands on Hopper, and what quantizes along rows and in blocks.
+"""Products of quantized operands on Hopper by what was chosen for each, and what quantizes along rows and in blocks.
 
-Products go through generated kernels, but through cuBLASLt's block-scaled ones where those are faster: few columns, and
-weight gradients that nothing is added to. What neither takes goes through float32. Both want the scales of a tile row
-as [tiles, rows], so scales are transposed first.
+Products go through generated kernels or cuBLASLt's block-scaled ones; what neither takes goes through float32. Both
+want the scales of a tile row as [tiles, rows], so scales are transposed first.
 """
 
 from __future__ import annotations
@@ -13,34 +12,17 @@ from typing import TYPE_CHECKING
 from dsv3c.lazy import lazy
 from dsv3c.ops.quantize import TILE, spread
 from dsv3c.target import Implementation
-from dsv3c.targets._cuda_launch import Call, gemm, in_turn, launch, scratch
-from dsv3c.targets._cuda_matrix import fits_tma, zero_tail
+from dsv3c.targets._cuda_launch import Call, in_turn, launch, scratch
+from dsv3c.targets._cuda_matrix import columns, fits_tma, zero_tail
+from dsv3c.targets._cuda_products import Picked, Products, Values
 from dsv3c.targets._cuda_text import QUANTIZE_BLOCK, QUANTIZE_ROWS, TRANSPOSE
-from dsv3c.targets._gluon_gemm import GemmSpec
+from dsv3c.targets._products import FALLBACK
 from dsv3c.targets._torch_matrix import matrix, viewable
 
 if TYPE_CHECKING:
     import torch
 else:
     torch = lazy("torch")
-
-DENSE_NARROW = GemmSpec("dense", "e4m3", 192, 128, 4, pair="b")
-DENSE_SHALLOW = GemmSpec("dense", "e4m3", 256, 128, 4, pair="b")
-DENSE = GemmSpec("dense", "e4m3", 128, 256, 4, pair="b")
-ROWS = GemmSpec("grouped_rows", "e4m3", 128, 256, 4, pair="a")
-COLUMNS = GemmSpec("grouped_k", "e4m3", 256, 128, 4, output="accumulate_f32", pair="a")
-SPECS = (DENSE_NARROW, DENSE_SHALLOW, DENSE, ROWS, COLUMNS)
-"""Generated kernels that this module may launch, as measured in docs/hopper-gemm.md."""
-
-NARROW, SHALLOW = 3072, 1024
-"""Columns up to which smaller tiles fill the SMs better, and depth up to which storing a tile takes its time."""
-
-
-def dense_spec(n: int, k: int) -> GemmSpec:
-    """The generated kernel for y[M, n] = x[M, k] · w[n, k] transposed."""
-    if k <= SHALLOW:
-        return DENSE_SHALLOW
-    return DENSE_NARROW if n <= NARROW else DENSE
 
 SCALE_COLUMNS = 256
 """Transposed scales step by a multiple of this, the widest tile of a generated kernel."""
@@ -68,13 +50,15 @@ def _unpadded(slot: int, s: torch.Tensor) -> tuple[torch.Tensor, Call]:
     return room, _copy(room, s.t())
 
 
-def linear_fp8(inputs: Tensors, outputs: Tensors) -> Call:
+def linear_fp8(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (q, s, w, ws), (y,) = inputs, outputs
-    if not viewable(q, s, y) or not all(t.is_contiguous() for t in (w, ws)):
+    picked = products.pick("linear_fp8", inputs)
+    whole = viewable(q, s, y) and all(t.is_contiguous() for t in (w, ws))
+    if picked.name == FALLBACK or not whole:
         return _widened(q, s, w, ws, y)
     a, out, tiles = matrix(q), y.view(-1, y.shape[-1]), matrix(s)
     (m, k), n = a.shape, w.shape[0]
-    if n <= NARROW and m >= TILE and k % (4 * TILE) == n % 16 == m % 16 == 0:  # 4 blocks of scales at a time
+    if not picked.generated:
         sa, turn = _unpadded(10, tiles)
 
         def run() -> None:
@@ -82,12 +66,14 @@ def linear_fp8(inputs: Tensors, outputs: Tensors) -> Call:
             torch._scaled_mm(a, w.t(), sa.t(), ws.t(), out_dtype=torch.bfloat16, out=out)
 
         return run
-    if k % 16 or n % 16 or not fits_tma(a, w, out):
+    if not fits_tma(a, w, out):
         return _widened(q, s, w, ws, y)
     room, turn = _tiles_first(10, tiles)
-    values = {"a_desc": a, "b_desc": w, "c_desc": out, "a_scale": room, "b_scale": ws, "M": m, "N": n, "K": k,
-              "a_scale_stride": room.stride(0)}  # fmt: skip
-    return in_turn(turn, gemm(dense_spec(n, k), values))
+    values: Values = {
+        "a_desc": a, "b_desc": w, "c_desc": out, "a_scale": room, "b_scale": ws, "M": m, "N": n, "K": k,
+        "a_scale_stride": room.stride(0),
+    }  # fmt: skip
+    return in_turn(turn, picked.gemm(values))
 
 
 def _widened(q: torch.Tensor, s: torch.Tensor, w: torch.Tensor, ws: torch.Tensor, y: torch.Tensor) -> Call:
@@ -101,19 +87,20 @@ def _widened(q: torch.Tensor, s: torch.Tensor, w: torch.Tensor, ws: torch.Tensor
     return run
 
 
-def linear_fp8_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
+def linear_fp8_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
     (dy, dys, x, xs), (dw,) = inputs, outputs
-    n, k, rows = dy.shape[0], x.shape[0], dy.shape[1]
-    if rows % TILE or n % 16 or k % 16:
+    rows = dy.shape[1]
+    picked = products.pick("linear_fp8_wgrad", inputs, accumulate)
+    if picked.name == FALLBACK:
 
         def wide() -> None:
             left, right = (q.float() * spread(s, rows) for q, s in ((dy, dys), (x, xs)))
             torch.addmm(dw, left, right.t(), beta=1 if accumulate else 0, out=dw)
 
         return wide
-    if accumulate:
+    if picked.generated:
         offsets = torch.tensor((0, rows), dtype=torch.int32, device=dy.device)
-        return _columns(dy, dys, x, xs, offsets, dw)
+        return _columns(picked, dy, dys, x, xs, offsets, dw)
     (sa, turn_a), (sb, turn_b) = _unpadded(10, dys), _unpadded(11, xs)
 
     def run() -> None:
@@ -124,25 +111,27 @@ def linear_fp8_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False
     return run
 
 
-def _columns(dy: torch.Tensor, dys: torch.Tensor, x: torch.Tensor, xs: torch.Tensor, offsets: torch.Tensor,
-             dw: torch.Tensor) -> Call:  # fmt: skip
-    """dw += dy · x transposed over the columns of each expert."""
+def _columns(picked: Picked, dy: torch.Tensor, dys: torch.Tensor, x: torch.Tensor, xs: torch.Tensor,
+             offsets: torch.Tensor, dw: torch.Tensor) -> Call:  # fmt: skip
+    """dy · x transposed over the columns of each expert."""
     (sa, turn_a), (sb, turn_b) = _tiles_first(10, dys), _tiles_first(11, xs)
-    values = {"a_desc": dy, "b_desc": x, "c_desc": dw, "a_scale": sa, "b_scale": sb, "offsets": offsets,
-              "experts": offsets.shape[0] - 1, "M": dy.shape[0], "N": x.shape[0], "K": dy.shape[1],
-              "a_scale_stride": sa.stride(0), "b_scale_stride": sb.stride(0)}  # fmt: skip
-    return in_turn(turn_a, turn_b, gemm(COLUMNS, values))
+    scales: Values = {
+        "a_scale": sa, "b_scale": sb, "a_scale_stride": sa.stride(0), "b_scale_stride": sb.stride(0),
+    }  # fmt: skip
+    return in_turn(turn_a, turn_b, picked.gemm(columns(dy, x, offsets, dw) | scales))
 
 
-def grouped_linear_fp8(inputs: Tensors, outputs: Tensors) -> Call:
+def grouped_linear_fp8(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (q, s, w, ws, offsets), (y,) = inputs, outputs
-    if not fits_tma(q, w, y):
+    picked = products.pick("grouped_linear_fp8", inputs)
+    if not picked.generated or not fits_tma(q, w, y):
         return _each_expert(q, s, w, ws, offsets, y)
     sa, turn = _tiles_first(10, s)
-    values = {"a_desc": q, "b_desc": w, "c_desc": y, "a_scale": sa, "b_scale": ws, "offsets": offsets,
-              "experts": w.shape[0], "M": q.shape[0], "N": w.shape[1], "K": w.shape[2],
-              "a_scale_stride": sa.stride(0)}  # fmt: skip
-    return in_turn(turn, gemm(ROWS, values), zero_tail(y, offsets))
+    values: Values = {
+        "a_desc": q, "b_desc": w, "c_desc": y, "a_scale": sa, "b_scale": ws, "offsets": offsets, "experts": w.shape[0],
+        "M": q.shape[0], "N": w.shape[1], "K": w.shape[2], "a_scale_stride": sa.stride(0),
+    }  # fmt: skip
+    return in_turn(turn, picked.gemm(values), zero_tail(y, offsets))
 
 
 def _each_expert(q: torch.Tensor, s: torch.Tensor, w: torch.Tensor, ws: torch.Tensor, offsets: torch.Tensor,
@@ -168,14 +157,14 @@ def _aligned(slot: int, q: torch.Tensor) -> tuple[torch.Tensor, Call]:
     return room, _copy(room.view(torch.uint8), q.view(torch.uint8))
 
 
-def grouped_linear_fp8_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
+def grouped_linear_fp8_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
     (dy, dys, x, xs, offsets), (dw,) = inputs, outputs
-    if fits_tma(dw):
-        (a, copy_a), (b, copy_b) = _aligned(14, dy), _aligned(15, x)
-        add = in_turn(copy_a, copy_b, _columns(a, dys, b, xs, offsets, dw))
-    else:
+    picked = products.pick("grouped_linear_fp8_wgrad", inputs, accumulate)
+    if not picked.generated or not fits_tma(dw):
         add = _add_each_expert(dy, dys, x, xs, offsets, dw)
-    return add if accumulate else in_turn(dw.zero_, add)
+        return add if accumulate else in_turn(dw.zero_, add)
+    (a, copy_a), (b, copy_b) = _aligned(14, dy), _aligned(15, x)
+    return in_turn(copy_a, copy_b, _columns(picked, a, dys, b, xs, offsets, dw))
 
 
 def _add_each_expert(dy: torch.Tensor, dys: torch.Tensor, x: torch.Tensor, xs: torch.Tensor, offsets: torch.Tensor,
@@ -223,14 +212,15 @@ def transpose_blocks(inputs: Tensors, outputs: Tensors) -> Call:
     return in_turn(go, _copy(st, s.transpose(-1, -2)))
 
 
-FP8 = (
-    Implementation("linear_fp8", linear_fp8),
-    Implementation("linear_fp8_dgrad", linear_fp8),
-    Implementation("linear_fp8_wgrad", linear_fp8_wgrad, accumulates=True),
-    Implementation("grouped_linear_fp8", grouped_linear_fp8),
-    Implementation("grouped_linear_fp8_dgrad", grouped_linear_fp8),
-    Implementation("grouped_linear_fp8_wgrad", grouped_linear_fp8_wgrad, accumulates=True),
-    Implementation("quantize_rows", quantize_rows),
-    Implementation("quantize_block", quantize_block),
-    Implementation("transpose_blocks", transpose_blocks),
-)
+def fp8_implementations(products: Products) -> tuple[Implementation, ...]:
+    """Products of quantized operands, as chosen, and what quantizes."""
+    adding = (("linear_fp8_wgrad", linear_fp8_wgrad), ("grouped_linear_fp8_wgrad", grouped_linear_fp8_wgrad))
+    others = (("linear_fp8", linear_fp8), ("linear_fp8_dgrad", linear_fp8),
+              ("grouped_linear_fp8", grouped_linear_fp8), ("grouped_linear_fp8_dgrad", grouped_linear_fp8))  # fmt: skip
+    return (
+        *(Implementation(op, functools.partial(run, products)) for op, run in others),
+        *(Implementation(op, functools.partial(run, products), accumulates=True) for op, run in adding),
+        Implementation("quantize_rows", quantize_rows),
+        Implementation("quantize_block", quantize_block),
+        Implementation("transpose_blocks", transpose_blocks),
+    )

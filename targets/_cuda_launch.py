@@ -1,23 +1,16 @@
-"""Binding of the Hopper target's own kernels to tensors: Triton text and generated matrix products, compiled once and
-kept by content."""
+"""Binding of the Hopper target's own kernels, given as Triton text, to tensors: compiled once and kept by content."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import inspect
-import json
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dsv3c.lazy import lazy
-from dsv3c.targets import _gluon_gemm, _gluon_launch
-from dsv3c.targets._gluon_gemm import GemmSpec
-from dsv3c.targets._triton_build import Entry, Prepared, _write, compile_source, driver
+from dsv3c.targets._triton_build import Entry, Prepared, compile_source, driver
 from dsv3c.targets._triton_math import POINTER
-from dsv3c.targets._tvm_build import cache_folder
 from dsv3c.tensors import ir_dtype
 
 if TYPE_CHECKING:
@@ -26,6 +19,9 @@ else:
     torch = lazy("torch")
 
 Call = Callable[[], None]
+
+ROOM = 512
+"""Bytes; rooms of scratch memory are a multiple of it."""
 
 
 def _given(values: Mapping[str, object]) -> dict[str, torch.Tensor | int]:
@@ -77,54 +73,19 @@ def width(columns: int, most: int) -> int:
     return min(most, 1 << max(0, math.ceil(math.log2(max(columns, 1)))))
 
 
-def _key(spec: GemmSpec) -> str:
-    from dsv3c.targets import _gluon_ptx
-
-    makers = "".join(inspect.getsource(m) for m in (_gluon_launch, _gluon_ptx))
-    return hashlib.sha256(f"{spec}\n{_gluon_gemm.source(spec)}\n{makers}".encode()).hexdigest()
-
-
-def gemm_binary(spec: GemmSpec) -> _gluon_launch.Binary:
-    """The sm_90a binary of `spec`, from the cache if it is there; needs no GPU."""
-    key, folder = _key(spec), cache_folder()
-    try:
-        facts = json.loads((folder / f"{key}.json").read_text())
-        cubin = (folder / f"{key}.cubin").read_bytes()
-        if hashlib.sha256(cubin).hexdigest() == facts.pop("digest"):
-            return _gluon_launch.Binary(cubin, **facts)
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    made = _gluon_launch.build(spec, folder)
-    facts = {"entry": made.entry, "shared": made.shared, "threads": made.threads, "cluster": made.cluster,
-             "digest": hashlib.sha256(made.cubin).hexdigest()}  # fmt: skip
-    _write(folder / f"{key}.cubin", made.cubin)
-    _write(folder / f"{key}.json", json.dumps(facts).encode())
-    return made
-
-
-@functools.cache
-def _gemm(spec: GemmSpec) -> _gluon_launch.Loaded:
-    return _gluon_launch.load(spec, gemm_binary(spec))
-
-
-def gemm(spec: GemmSpec, values: Mapping[str, object]) -> Call:
-    """A call that runs the generated matrix product `spec` on all SMs of the current device."""
-    units = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    return _gemm(spec).bind(units, **_given(values))
-
-
-_pool: dict[tuple[int, int, str], torch.Tensor] = {}
+_pool: dict[tuple[int, str], list[torch.Tensor]] = {}
 
 
 def scratch(slot: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for one call's own duration, at an address that stays: calls of one stream that name the same `slot` and
-    size share it."""
+    """Memory for one call's own duration, at an address that stays: calls of one stream that name the same `slot` share
+    it, in the first room made for it that is large enough."""
     size = max(1, math.prod(shape)) * dtype.itemsize
-    room = 1 << (size - 1).bit_length()
-    key = (slot, room, str(device))
-    if key not in _pool:
-        _pool[key] = torch.zeros(room, dtype=torch.uint8, device=device)
-    return _pool[key][:size].view(dtype).view(shape)
+    rooms = _pool.setdefault((slot, str(device)), [])
+    room = next((r for r in rooms if r.numel() >= size), None)
+    if room is None:
+        room = torch.zeros(-(-size // ROOM) * ROOM, dtype=torch.uint8, device=device)
+        rooms.append(room)
+    return room[:size].view(dtype).view(shape)
 
 
 def in_turn(*calls: Callable[[], object]) -> Call:

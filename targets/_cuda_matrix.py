@@ -1,4 +1,4 @@
-"""BF16 and FP32 matrix products on Hopper: cuBLAS for one weight, generated and CUTLASS kernels for one per expert.
+"""BF16 and FP32 matrix products on Hopper by what was chosen for each: cuBLAS, CUTLASS, or generated kernels.
 
 Nothing here reads the device: where experts' rows lie is known to the kernels alone.
 """
@@ -10,29 +10,59 @@ from typing import TYPE_CHECKING
 
 from dsv3c.lazy import lazy
 from dsv3c.target import Implementation
-from dsv3c.targets._cuda_launch import Call, gemm, in_turn, launch, scratch, words
+from dsv3c.targets import _torch_matrix
+from dsv3c.targets._cuda_launch import Call, in_turn, launch, scratch, words
+from dsv3c.targets._cuda_products import Products, Values
 from dsv3c.targets._cuda_text import TRANSPOSE, ZERO_TAIL
-from dsv3c.targets._gluon_gemm import GemmSpec
-from dsv3c.targets._torch_matrix import absorb_query, absorb_value, linear, linear_dgrad, matrix, viewable
+from dsv3c.targets._torch_matrix import absorb_query, absorb_value, matrix, viewable
 
 if TYPE_CHECKING:
     import torch
 else:
     torch = lazy("torch")
 
-ROWS_BF16 = GemmSpec("grouped_rows", "bf16", 256, 128, 4, pair="a")
-COLUMNS_BF16 = GemmSpec("grouped_k", "bf16", 256, 128, 4, output="accumulate_f32", pair="a")
-SPECS = (ROWS_BF16, COLUMNS_BF16)
-"""Generated kernels that this module may launch."""
-
 Tensors = tuple["torch.Tensor", ...]
 
 
-def linear_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
-    (dy, x), (dw,) = inputs, outputs
-    a, b = (t if t.dtype == dw.dtype or viewable(t) else t.contiguous() for t in (dy, x))
+def linear(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
+    (x, w), (y,) = inputs, outputs
+    return _dense(products, "linear", x, w, y) or _torch_matrix.linear(inputs, outputs)
 
-    def run() -> None:
+
+def linear_dgrad(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
+    (dy, w), (dx,) = inputs, outputs
+    return _dense(products, "linear_dgrad", dy, w, dx) or _torch_matrix.linear_dgrad(inputs, outputs)
+
+
+def _dense(products: Products, op: str, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> Call | None:
+    """By the generated kernel if that was chosen and the tensors lie as it needs them. It reads weights along the axis
+    that is summed over; for input gradients that is made first."""
+    picked = products.pick(op, (x, w))
+    if not picked.generated or not viewable(x):
+        return None
+    a, out = matrix(x), y.view(-1, y.shape[-1])
+    turn: Call | None = None
+    if op == "linear_dgrad":
+        w, turn = turned(2, w)
+    if not fits_tma(a, w, out):
+        return None
+    values: Values = {"a_desc": a, "b_desc": w, "c_desc": out, "M": a.shape[0], "N": out.shape[1], "K": a.shape[1]}
+    run = picked.gemm(values)
+    return run if turn is None else in_turn(turn, run)
+
+
+def linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
+    (dy, x), (dw,) = inputs, outputs
+    picked = products.pick("linear_wgrad", inputs, accumulate)
+    a, b = (t if t.dtype == dw.dtype or viewable(t) else t.contiguous() for t in (dy, x))
+    if picked.generated and viewable(dy, x) and fits_tma(dw):
+        rows = matrix(dy).shape[0]
+        (left, turn_a), (right, turn_b) = turned(0, matrix(dy)), turned(1, matrix(x))
+        offsets = torch.tensor((0, rows), dtype=torch.int32, device=dw.device)
+        run = picked.gemm(columns(left, right, offsets, dw))
+        return in_turn(turn_a, turn_b, run)
+
+    def multiply() -> None:
         left, right = matrix(a).t(), matrix(b)
         if left.dtype == dw.dtype:
             torch.addmm(dw, left, right, beta=1 if accumulate else 0, out=dw)
@@ -41,7 +71,15 @@ def linear_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) ->
         else:
             torch.mm(left, right, out_dtype=dw.dtype, out=dw)
 
-    return run
+    return multiply
+
+
+def columns(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, dw: torch.Tensor) -> Values:
+    """Arguments of a kernel that sums a[n, rows] · b[k, rows] transposed over the rows of each group."""
+    return {
+        "a_desc": a, "b_desc": b, "c_desc": dw, "offsets": offsets, "experts": offsets.shape[0] - 1, "M": a.shape[0],
+        "N": b.shape[0], "K": a.shape[1],
+    }  # fmt: skip
 
 
 def zero_tail(y: torch.Tensor, offsets: torch.Tensor) -> Call:
@@ -59,24 +97,34 @@ def fits_tma(*matrices: torch.Tensor) -> bool:
                for t in matrices)  # fmt: skip
 
 
-def grouped_linear(inputs: Tensors, outputs: Tensors) -> Call:
+def grouped_linear(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (x, w, offsets), (y,) = inputs, outputs
     if x.dtype != torch.bfloat16 or not fits_tma(x, w, y):
         return _each_expert(x, w.transpose(1, 2), offsets, y)
-    values = {"a_desc": x, "b_desc": w, "c_desc": y, "offsets": offsets, "experts": w.shape[0], "M": x.shape[0],
-              "N": w.shape[1], "K": w.shape[2]}  # fmt: skip
-    return in_turn(gemm(ROWS_BF16, values), zero_tail(y, offsets))
+    picked = products.pick("grouped_linear", inputs)
+    if not picked.generated:
+        return _by_torch(x, w.transpose(1, 2), offsets, y)
+    values: Values = {
+        "a_desc": x, "b_desc": w, "c_desc": y, "offsets": offsets, "experts": w.shape[0], "M": x.shape[0],
+        "N": w.shape[1], "K": w.shape[2],
+    }  # fmt: skip
+    return in_turn(picked.gemm(values), zero_tail(y, offsets))
 
 
-def grouped_linear_dgrad(inputs: Tensors, outputs: Tensors) -> Call:
+def grouped_linear_dgrad(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (dy, w, offsets), (dx,) = inputs, outputs
     if dy.dtype != torch.bfloat16 or not fits_tma(dy, w, dx):
         return _each_expert(dy, w, offsets, dx)
+    return _by_torch(dy, w, offsets, dx)
+
+
+def _by_torch(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor) -> Call:
+    """y = each expert's rows of x times its w[E, K, N]."""
     ends = offsets[1:]
-    tail = zero_tail(dx, offsets)
+    tail = zero_tail(y, offsets)
 
     def run() -> None:
-        dx.copy_(torch._grouped_mm(dy, w, offs=ends))
+        y.copy_(torch._grouped_mm(x, w, offs=ends))
         tail()
 
     return run
@@ -106,16 +154,14 @@ def turned(slot: int, x: torch.Tensor) -> tuple[torch.Tensor, Call]:
     return room[:, :rows], launch(TRANSPOSE, "transpose", grid, values, warps=8, TILE=128)
 
 
-def grouped_linear_wgrad(inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
+def grouped_linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
     (dy, x, offsets), (dw,) = inputs, outputs
-    clear: Call = (lambda: None) if accumulate else functools.partial(_zero, dw)
-    if dy.dtype != torch.bfloat16 or not fits_tma(dw):
+    picked = products.pick("grouped_linear_wgrad", inputs, accumulate)
+    if dy.dtype != torch.bfloat16 or not fits_tma(dw) or not picked.generated:
+        clear: Call = (lambda: None) if accumulate else functools.partial(_zero, dw)
         return in_turn(clear, _add_each_expert(dy, x, offsets, dw))
     (a, turn_a), (b, turn_b) = turned(0, dy), turned(1, x)
-    n, k = dy.shape[1], x.shape[1]
-    values = {"a_desc": a, "b_desc": b, "c_desc": dw, "offsets": offsets, "experts": dw.shape[0],
-              "M": n, "N": k, "K": x.shape[0]}  # fmt: skip
-    return in_turn(clear, turn_a, turn_b, gemm(COLUMNS_BF16, values))
+    return in_turn(turn_a, turn_b, picked.gemm(columns(a, b, offsets, dw)))
 
 
 def _zero(x: torch.Tensor) -> None:
@@ -134,13 +180,14 @@ def _add_each_expert(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, d
     return run
 
 
-MATRIX = (
-    Implementation("linear", linear),
-    Implementation("linear_dgrad", linear_dgrad),
-    Implementation("linear_wgrad", linear_wgrad, accumulates=True),
-    Implementation("grouped_linear", grouped_linear),
-    Implementation("grouped_linear_dgrad", grouped_linear_dgrad),
-    Implementation("grouped_linear_wgrad", grouped_linear_wgrad, accumulates=True),
-    Implementation("absorb_query", absorb_query),
-    Implementation("absorb_value", absorb_value),
-)
+def matrix_implementations(products: Products) -> tuple[Implementation, ...]:
+    """Products of numbers that are not quantized, as chosen."""
+    adding = (("linear_wgrad", linear_wgrad), ("grouped_linear_wgrad", grouped_linear_wgrad))
+    others = (("linear", linear), ("linear_dgrad", linear_dgrad), ("grouped_linear", grouped_linear),
+              ("grouped_linear_dgrad", grouped_linear_dgrad))  # fmt: skip
+    return (
+        *(Implementation(op, functools.partial(run, products)) for op, run in others),
+        *(Implementation(op, functools.partial(run, products), accumulates=True) for op, run in adding),
+        Implementation("absorb_query", absorb_query),
+        Implementation("absorb_value", absorb_value),
+    )

@@ -14,7 +14,7 @@ from dsv3c.errors import InputError
 
 Kind = Literal["dense", "grouped_rows", "grouped_k"]
 Element = Literal["e4m3", "bf16"]
-Output = Literal["bf16", "accumulate_f32"]
+Output = Literal["bf16", "f32", "accumulate_f32"]
 Pair = Literal["", "a", "b"]
 
 SHARED_LIMIT = 227 * 1024
@@ -27,8 +27,9 @@ class GemmSpec:
     """One kernel: C[M, N] = A[M, K] · B[N, K] transposed, both operands contiguous along K.
 
     `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e] of B[experts, N, K]; offsets are
-    multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] += A[:, offsets[e]:
-    offsets[e+1]] · B[:, same] transposed; offsets are multiples of 128, an empty group adds nothing.
+    multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] = A[:, offsets[e]:
+    offsets[e+1]] · B[:, same] transposed, or with `accumulate_f32` C[e] +=; offsets are multiples of 128, an empty
+    group gives zeros.
     `e4m3` operands carry float32 scales: A one per 1×128, stored [K/128, a_scale_stride]; B one per 128×128, stored
     [N/128, K/128], but for `grouped_k` as A's, [K/128, b_scale_stride].
     `bm`, `bn`: the tile of one block. `stages`: depth of the ring. `raster`: how many tile rows are swept together,

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv3c.errors import WorkError
+from dsv3c.targets._cuda_device import driver_version, driver_words, known_triton
 from dsv3c.targets._gluon_gemm import Descriptor, GemmSpec, arguments, source
 from dsv3c.targets._gluon_ptx import adding, assemble, paired
 
@@ -67,18 +68,27 @@ def _module(text: str, name: str, folder: Path) -> Any:
 
 
 def build(spec: GemmSpec, folder: Path, text: str | None = None) -> Binary:
-    """Compile the kernel of `spec` for sm_90a (1 to 4 s, no GPU needed); its source is left in `folder`."""
+    """Compile the kernel of `spec` for sm_90a (1 to 4 s, no GPU needed); its source is left in `folder`.
+
+    Raises WorkError if Triton is missing, of a version that it was not tried with, or refuses the source.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    known_triton()
     module = _module(source(spec) if text is None else text, spec.name, folder)
     given = arguments(spec)
     signature = {n: _layout_text(t) if isinstance(t, Descriptor) else t for n, t in given}
     aligned = {(i,): [["tt.divisibility", 16]] for i, (n, t) in enumerate(given)
                if n in MULTIPLES_OF_16 or (isinstance(t, str) and t.startswith("*"))}  # fmt: skip
     kernel_source = GluonASTSource(fn=module.kernel, signature=signature, constexprs={}, attrs=aligned)
-    compiled = triton.compile(kernel_source, target=GPUTarget("cuda", 90, 32), options={"num_warps": WARPS_AT_ENTRY})
+    options = {"num_warps": WARPS_AT_ENTRY}
+    try:
+        compiled = triton.compile(kernel_source, target=GPUTarget("cuda", 90, 32), options=options)
+    except Exception as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WorkError(f"Triton could not compile the kernel {spec.name}: {first}") from error
     meta = compiled.metadata
     ptx = compiled.asm["ptx"]
     if spec.output == "accumulate_f32":
@@ -99,14 +109,18 @@ def _driver() -> Any:
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as e:
-        raise WorkError("No NVIDIA driver was found (libcuda.so.1); this plan needs a Hopper GPU.") from e
+        raise WorkError("there is no NVIDIA driver on this machine (libcuda.so.1); the plan needs a Hopper GPU") from e
     _check(library.cuInit(0), "cuInit")
     return library
 
 
+class Refused(WorkError):
+    """The driver does not take a binary: it is too old for it, or the GPU is another."""
+
+
 def _check(code: int, call: str) -> None:
     if code:
-        raise WorkError(f"The CUDA driver refused {call} (error {code}).")
+        raise WorkError(f"the CUDA driver refused {call}: {driver_words(code)}")
 
 
 def _tensor_map(tensor: torch.Tensor, d: Descriptor) -> ctypes.Array[ctypes.c_uint64]:
@@ -162,7 +176,10 @@ class Loaded:
         self.binary, self.given = binary, given
         driver = _driver()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-        _check(driver.cuModuleLoadData(ctypes.byref(module), binary.cubin), "cuModuleLoadData")
+        code = driver.cuModuleLoadData(ctypes.byref(module), binary.cubin)
+        if code:
+            raise Refused(f"the driver, made for CUDA {driver_version()}, does not load the kernel {binary.entry}: "
+                          f"{driver_words(code)}")  # fmt: skip
         name = binary.entry.encode()
         _check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name), "cuModuleGetFunction")
         # Attribute 8: the most dynamic shared memory a block may ask for.

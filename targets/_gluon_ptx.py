@@ -42,7 +42,7 @@ def _after(text: str, start: int, pattern: str, insert: str) -> str:
 
 
 def _unknown(what: str) -> WorkError:
-    return WorkError(f"This Triton version compiles the kernel to PTX of an unknown form ({what} not found).")
+    return WorkError(f"this version of Triton gives PTX of an unknown form ({what} not found); install triton 3.7")
 
 
 def adding(ptx: str) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from dsv3c.ir import DType
 from dsv3c.target import Machine, Target
-from dsv3c.targets._cuda_attention import ATTENTION
-from dsv3c.targets._cuda_fp8 import FP8
-from dsv3c.targets._cuda_matrix import MATRIX
-from dsv3c.targets._cuda_tokens import TOKENS
+from dsv3c.targets._cuda_device import trouble
+from dsv3c.targets._cuda_products import Products
+from dsv3c.targets._cuda_selector import HopperSelector, all_implementations
 from dsv3c.targets._hopper_machines import H100_MACHINE, H200_MACHINE, H800_MACHINE
 from dsv3c.targets._triton_kernel import load_kernel, region_kernel
 
@@ -27,8 +26,10 @@ def _hopper(machine: Machine, doc: str) -> Target:
         device="cuda",
         expert_alignment=expert_alignment,
         generate=region_kernel,
-        implementations={i.op: i for i in (*MATRIX, *FP8, *ATTENTION, *TOKENS)},
+        implementations=all_implementations(Products()),
         load=load_kernel,
+        selector=HopperSelector(machine.name),
+        trouble=trouble,
     )
 
 

@@ -32,7 +32,7 @@ from dsv3c.plan import (
 )
 from dsv3c.plandiff import as_json, diff
 from dsv3c.state import Note, PassReport
-from dsv3c.target import Kernel, KernelFile
+from dsv3c.target import Choice, Kernel, KernelFile, Product
 from dsv3c.text import parse_program, show_program
 
 IR = """\
@@ -82,6 +82,8 @@ def make_plan(**changes: object) -> Plan:
         "comm": {"groups": []},
         "schedule": "0F0,0B0\n",
         "steps": (("00-input.ir", "def a(x: f32[4]):\n    return x\n"), ("01-share.ir", IR)),
+        "choices": (Choice(Product("linear_wgrad", "bf16", 16, 8, 4, 1, True), "cublas", "", "the fastest"),),
+        "measured": "measured/h100.json sha256:00",
     }
     return Plan.of(program(), **{**fields, **changes})
 
@@ -114,7 +116,7 @@ def test_the_file_is_as_described() -> None:
     assert {*names} == {
         "manifest.json", "config.json", "passes.txt", "ir/program.ir", "ir/00-input.ir", "ir/01-share.ir",
         "schedule.csv", "comm.json", "buffers.json", "kernels/fused_1.json", "kernels/fused_1.tir.py",
-        "kernels/fused_1.ll", "weights.json",
+        "kernels/fused_1.ll", "weights.json", "implementations.json",
     }  # fmt: skip
     assert manifest["members"] == {}
     assert manifest["format"] == FORMAT and manifest["target"] == "cpu" and manifest["mesh"]["ep"] == 2
@@ -286,7 +288,7 @@ def test_every_field_of_a_plan_shows_in_the_differences() -> None:
         "model": "x", "config": {}, "parameters": Parameters(1, 1, 1), "job": dataclasses.replace(plan.job, seq=1),
         "ir": IR.replace("twice", "thrice"), "pipeline": "", "notes": (), "reports": (), "weights": (),
         "memory": dataclasses.replace(plan.memory, per_rank=(1,)), "kernels": (), "missing_kernels": (),
-        "buffers": {}, "comm": {}, "schedule": "", "steps": (), "version": "9",
+        "buffers": {}, "comm": {}, "schedule": "", "steps": (), "version": "9", "choices": (), "measured": "",
     }  # fmt: skip
     assert {*other} == {f.name for f in dataclasses.fields(Plan)}
     for name, value in other.items():

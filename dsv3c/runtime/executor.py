@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 
 from dsv3c import interp
 from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
+from dsv3c.errors import InputError
 from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Value
 from dsv3c.op import Registry
+from dsv3c.plan import Plan
 from dsv3c.rewrite import crosses_ranks, shares_memory
 from dsv3c.runtime.runner import Call, Memory, Prepare, Runner, Step
 from dsv3c.target import Implementation, Target
@@ -32,6 +34,22 @@ class Engine:
     target: Target
     kernels: Mapping[str, Prepare]
     exchange: PrepareNode | None = None
+
+    @classmethod
+    def of(cls, plan: Plan, target: Target, registry: Registry, exchange: PrepareNode | None = None) -> Engine:
+        """The engine of a plan: its regions by its kernels, its matrix products by what it chose for each.
+
+        Raises InputError if this machine cannot run the target's code.
+        """
+        trouble = target.trouble() if target.device is not None and target.load is not None else "it has no runtime"
+        if trouble or target.load is None:
+            raise InputError(f"a plan for {target.name} cannot run here: {trouble}. Or compile for --target cpu")
+        regions = {g.name for g in plan.program.graphs}
+        kernels = {k.op: target.load(k) for k in plan.kernels if k.op in regions}
+        if target.selector is not None:
+            chosen = target.selector.implementations(plan.choices, plan.kernels)
+            target = replace(target, implementations=chosen)
+        return cls(plan.program, registry, target, kernels, exchange)
 
     def prepare(self, node: Node, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...],
                 accumulate: bool = False) -> Call:  # fmt: skip

@@ -32,11 +32,6 @@ from dsv3c.tensors import torch_dtype
 LOSSES = ("main", "mtp", "balance")
 
 
-def _usable(device: str) -> bool:
-    """Whether this machine has the device: the CPU, or a GPU that runs code for Hopper."""
-    return device == "cpu" or (torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0))
-
-
 @dataclass(frozen=True)
 class StepResult:
     """One optimizer step. Losses are means over the global batch; `expert_load` is tokens per expert by layer name;
@@ -63,20 +58,14 @@ class Session:
             raise InputError(f"{plan.model} is of the unknown family '{self.program.name}'; name its --plugin")
         self.family = MODELS[self.program.name]
         self.target: Target = find(plan.target)
-        if self.target.device is None or not _usable(self.target.device):
-            raise InputError(
-                f"a plan for {self.target.name} cannot run here; compile for --target cpu"
-                + ("" if self.target.device is None else ", or run it where torch sees a Hopper GPU")
-            )
         if plan.job.mesh.world != 1:
             raise InputError(
                 f"a plan for {plan.job.mesh.world} ranks cannot run: many ranks are not executed yet; "
                 "compile it without --mesh"
             )
-        self.device = self.target.device
-        assert self.target.load is not None
-        kernels = {k.op: self.target.load(k) for k in plan.kernels}
-        self.engine = Engine(self.program, REGISTRY, self.target, kernels)
+        self.engine = Engine.of(plan, self.target, REGISTRY)
+        assert self.target.device is not None
+        self.device: str = self.target.device
         with memory_explained(plan.memory):
             self.weights = Weights(self.program, self.device)
         self.recipe: Recipe = plan.job.recipe
