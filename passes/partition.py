@@ -115,7 +115,7 @@ def _weights_by_layer(program: Program, sequence: Sequence) -> dict[str, frozens
 def _cost(program: Program, sequence: Sequence, unit: tuple[str, ...], state: State) -> float:
     """Seconds that the layers of `unit` compute, forward and backward; without a machine, how many nodes they have."""
     graphs = [y.graph for y in sequence.layers if y.name.removesuffix(".sum") in unit]
-    times = Times.of(program, state.registry, state.job, state.machine) if state.job and state.machine else None
+    times = Times.of(program, state.registry, state.sizes, state.machine) if state.machine else None
     known: dict[str, float] = {}
     for name in graphs:
         if name not in known:
@@ -137,12 +137,15 @@ def balanced(costs: list[float], count: int) -> list[int]:
     def best(limit: float) -> tuple[float, float, list[int]]:
         """(dearest, squares, lengths), with no stage above `limit`."""
         rows: list[list[tuple[float, float, int]]] = [[(0.0, 0.0, 0)] + [(infinite, infinite, 0)] * units]
-        for _ in range(count):
+        for stage in range(count):
             row = []
             for end in range(units + 1):
+                alone = units < 2 or count == 1
+                filled = alone or (stage > 0 or end > 0)
+                latest = end if alone or stage < count - 1 else end - 1
                 options = ((max(d, total[end] - total[begin]), q + (total[end] - total[begin]) ** 2, begin)
-                           for begin, (d, q, _) in enumerate(rows[-1][: end + 1])
-                           if d < infinite and total[end] - total[begin] <= limit)  # fmt: skip
+                           for begin, (d, q, _) in enumerate(rows[-1][: latest + 1])
+                           if filled and d < infinite and total[end] - total[begin] <= limit)  # fmt: skip
                 key = (lambda o: o[0]) if limit == infinite else (lambda o: o[1])
                 row.append(min(options, key=key, default=(infinite, infinite, 0)))
             rows.append(row)
