@@ -142,8 +142,9 @@ def build_parser() -> argparse.ArgumentParser:
     diff = command("diff", "show what differs between two plans")
     diff.add_argument("first", metavar="A.plan", help="the first plan")
     diff.add_argument("second", metavar="B.plan", help="the second plan")
-    listing = command("list", "list the ops, passes, targets or models there are")
-    listing.add_argument("what", choices=("ops", "passes", "targets", "models"), help="what to list")
+    listing = command("list", "list the ops, passes, targets, models or schedules there are")
+    listing.add_argument("what", choices=("ops", "passes", "targets", "models", "schedules"), help="what to list")
+    _schedule(command("schedule", "make, check and draw a pipeline schedule"))
     _train(command("train", "train a plan on text"))
     _generate(command("generate", "continue a prompt"))
     _verify(command("verify", "compare a checkpoint's logits, gradients and expert choices with transformers"))
@@ -209,6 +210,19 @@ def _opt(p: argparse.ArgumentParser) -> None:
     p.add_argument("--sizes", metavar="B=2,S=8", help="values of dimension symbols")
     _pipeline_flags(p)
     p.add_argument("-o", "--out", metavar="FILE.ir", help="write the result there instead of printing it")
+
+
+def _schedule(p: argparse.ArgumentParser) -> None:
+    p.add_argument("kind", metavar="KIND", help="one of 'dsv3c list schedules', or auto for the fastest")
+    p.add_argument("--pp", type=_count, metavar="P", help="pipeline ranks")
+    p.add_argument("--micro-batches", type=_count, metavar="M", help="micro-batches in a step")
+    p.add_argument("--read", metavar="FILE", help="instead check and draw the schedule in this CSV file")
+    p.add_argument("--times", metavar="F=1,...",
+                   help="durations in any unit, of one action, or with auto of a rank's share (default "
+                        "F=1,I=1,W=1, B=I+W, FB=F+B for an overlapped pair)")  # fmt: skip
+    p.add_argument("--transfer", type=_real, default=0.0, metavar="X", help="time from rank to rank (default 0)")
+    p.add_argument("--csv", metavar="FILE", help="write it there: a row per rank, cells such as 0F7 or (0F7;7B3)")
+    p.add_argument("--svg", metavar="FILE", help="draw it there")
 
 
 def _train(p: argparse.ArgumentParser) -> None:

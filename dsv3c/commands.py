@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from dsv3c.console import number, size, table, tell, write_json
 from dsv3c.errors import InputError
 from dsv3c.files import read_text, write_text
+from dsv3c.schedule_commands import schedule as schedule
 
 if TYPE_CHECKING:
     from dsv3c.job import Mesh
@@ -131,7 +132,8 @@ def diff(a: argparse.Namespace) -> int:
 
 def list(a: argparse.Namespace) -> int:
     """`dsv3c list`: names with one line about each."""
-    rows = {"ops": _ops, "passes": _passes, "targets": _targets, "models": _models}[a.what]()
+    kinds = {"ops": _ops, "passes": _passes, "targets": _targets, "models": _models, "schedules": _schedules}
+    rows = kinds[a.what]()
     if a.json:
         write_json(rows)
     else:
@@ -189,6 +191,12 @@ def _models() -> Rows:
             doc = f"{number(counts.total)} parameters, {config.num_hidden_layers} layers of {config.hidden_size}"
             rows += ({"name": name, "doc": doc, "family": model.name, "params_total": counts.total},)
     return rows
+
+
+def _schedules() -> Rows:
+    from dsv3c.schedules import KINDS
+
+    return tuple({"name": k.name, "doc": k.doc, "auto": k.auto} for _, k in sorted(KINDS.items()))
 
 
 def train(a: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",
         "driver",
-        "commands report_commands cli demo tune __init__ __main__",
+        "commands report_commands schedule_commands cli demo tune __init__ __main__",
     )
 )
 # Folders of one row that must not know each other, and one that must not know the compiler.
