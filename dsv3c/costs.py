@@ -1,7 +1,7 @@
 """How long things take on a machine: nodes, segments and layers by what they compute, move and send.
 
-Computation takes the longest of arithmetic and memory traffic, and the start of a kernel. An exchange takes the longer
-of its two links: between nodes, and inside one. Rows are counted as they are at balanced expert load.
+Computation takes the longest of arithmetic and memory traffic, and the start of a kernel. An exchange in two hops takes
+one after the other: between nodes, then inside one. Rows are counted as they are at balanced expert load.
 """
 
 from __future__ import annotations
@@ -201,12 +201,15 @@ class Times:
         return self.sending(sent, units)
 
     def sending(self, sent: Traffic, units: int | None = None) -> float:
-        """Time to send so much over both links at once."""
+        """Time to send so much over both links, one hop after the other but for what the machine does of both at
+        once."""
         m = self.machine
         speed = 1.0 if units is None else m.exchange_share(units)
-        latency = (m.slow_latency if sent.slow else 0.0) + (m.fast_latency if sent.fast else 0.0)
         slow = sent.slow / (m.slow_link * speed) if sent.slow else 0.0
-        return max(slow, sent.fast / (m.fast_link * speed) if sent.fast else 0.0) + latency
+        fast = sent.fast / (m.fast_link * speed) if sent.fast else 0.0
+        latency = (m.slow_latency if slow else 0.0) + (m.fast_latency if fast else 0.0)
+        together = m.hops_together if self.two_hop else 1.0
+        return max(slow, fast) + (1 - together) * min(slow, fast) + latency
 
     # ---- what is made of nodes
 

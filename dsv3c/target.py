@@ -23,6 +23,7 @@ class Machine:
     `efficiency`: what share of a peak programs reach, by op name, by element type of the matrix unit, or `memory`; all
     of it where nothing is said. `few_units`: how much faster than its share a part of the units is, where all together
     are limited by power. `exchange`: (units, share) points of how fast that many units move data between ranks.
+    `hops_together`: what share of the shorter hop of an exchange in two hops runs during the longer one.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Machine:
     efficiency: tuple[tuple[str, float], ...] = ()
     few_units: float = 1.0
     exchange: tuple[tuple[int, float], ...] = ()
+    hops_together: float = 0.0
 
     def matrix_rate(self, dtype: DType) -> float:
         """FLOP/s of the matrix unit for inputs of `dtype`, or of the nearest wider type it has."""

@@ -11,6 +11,7 @@ from dsv3c.costs import Times
 from dsv3c.interleave import Overlap as OverlapRecord
 from dsv3c.interleave import PairOrder, Work, behind, best_order, hidden, picture, works
 from dsv3c.ir import Graph, Phase, Program
+from dsv3c.op import Registry
 from dsv3c.segments import arranged, segments
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.target import Machine
@@ -25,7 +26,7 @@ class Overlap(Pass):
 
     Compares all orders in which a stream of computation and one of communication can run the segments of F, B and W,
     together with the number of units that communicate, under the machine's cost model, in a row of `rows` such pairs.
-    `units` fixes that number. Nodes of layers that communicate are put in the order of their segments.
+    `units` fixes that number. Nodes of all training layers are put in the order of their segments.
     """
 
     name: ClassVar[str] = "overlap"
@@ -33,41 +34,35 @@ class Overlap(Pass):
     rows: int = 4
 
     def run(self, state: State, note: TakeNote) -> State:
-        program, registry = state.program, state.registry
-        sending = tuple(g for g in program.graphs if any(s.comm for s in segments(g, registry)))
-        if not sending:
-            note("kept", "program", "no layer communicates, so there is nothing to hide")
+        program, registry = _arranged(state.program, state.registry), state.registry
+        state = state.with_program(program)
+        names = {g.name for g in program.graphs if any(s.comm for s in segments(g, registry))}
+        kinds = layer_kinds(program)
+        main = _main_pair(program, names, kinds)
+        if main is None:
+            note("kept", "program", "no layer communicates forward and backward, so there is nothing to hide")
             return state
         if state.machine is None:
             note("kept", "program", "no machine is given, so the times of segments are unknown")
             return state
-        machine = state.machine
-        if state.job is not None:
-            machine = replace(machine, node=state.job.ranks_per_node)
-        names = {g.name for g in sending}
-        program = program.with_graphs(tuple(arranged(g, registry) if g.name in names else g for g in program.graphs))
+        machine = state.machine if state.job is None else replace(state.machine, node=state.job.ranks_per_node)
         times = Times.of(program, registry, state.sizes, machine)
         graphs = {g.name: g for g in program.graphs}
-        kinds = layer_kinds(program)
-        main = _main_pair(program, names, kinds)
-        if main is None:
-            note("kept", "program", "no layer that communicates has both a forward and a backward part")
-            return state.with_program(program)
         options = [times.with_lent(u) for u in self._units(machine)]
         chosen, _, _ = best_order([works(t, graphs, *main) for t in options], self.rows)
+        shared = options[chosen]
         pairs = []
         for forward in kinds[Phase.F]:
             for backward in kinds[Phase.B]:
                 if f"{forward}_F" in names or f"{backward}_B" in names:
-                    order = self._pair(times, options[chosen], graphs, forward, backward)
+                    order = self._pair(times, shared, graphs, forward, backward)
                     pairs.append(order[0])
                     if (forward, backward) == main:
-                        _tell(order, options[chosen], note)
-        others = [p for p in pairs if (p.forward, p.backward) != main]
-        for p in others:
-            note("overlapped", f"{p.forward} with {p.backward}", _summary(p))
-        found = OverlapRecord(options[chosen].lent, tuple(pairs))
-        return state.with_program(program).but(overlap=found)
+                        _tell(order, shared, note)
+        for p in pairs:
+            if (p.forward, p.backward) != main and f"{p.forward}_F" in names and f"{p.backward}_B" in names:
+                note("overlapped", f"{p.forward} with {p.backward}", _summary(p))
+        return state.but(overlap=OverlapRecord(shared.lent, tuple(pairs)))
 
     def _units(self, machine: Machine) -> Sequence[int]:
         if self.units is not None:
@@ -81,6 +76,13 @@ class Overlap(Pass):
         sent = sum(w.seconds for w in order if w.comm)
         steps = tuple(w.step for w in order)
         return PairOrder(forward, backward, steps, seconds, compute, sent, hidden(order, self.rows)), order
+
+
+def _arranged(program: Program, registry: Registry) -> Program:
+    """The program with the nodes of every training layer in the order of its segments."""
+    suffixes = tuple(f"_{p.value}" for p in Phase)
+    trained = {y.graph for s in program.sequences for y in s.layers if y.graph.endswith(suffixes)}
+    return program.with_graphs(tuple(arranged(g, registry) if g.name in trained else g for g in program.graphs))
 
 
 def layer_kinds(program: Program) -> Mapping[Phase, tuple[str, ...]]:

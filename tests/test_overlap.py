@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from dsv3c.interleave import BACKWARD, FORWARD, Placed, Step, Work, behind, best_order, hidden, picture, placed, span
-from dsv3c.ir import Phase
+from dsv3c import driver, pipeline
+from dsv3c.costs import Routing, Times, traffic
+from dsv3c.interleave import (
+    BACKWARD,
+    FORWARD,
+    Placed,
+    Step,
+    Work,
+    behind,
+    best_order,
+    hidden,
+    picture,
+    placed,
+    span,
+    works,
+)
+from dsv3c.ir import DType, Phase
+from dsv3c.models import resolve
+from dsv3c.ops import REGISTRY
+from dsv3c.passes.overlap import Overlap
+from dsv3c.segments import segments
+from dsv3c.state import Note, State
+from dsv3c.target import Machine
+from dsv3c.targets import find
+
+SUMMARIES = Path(__file__).parent / "overlap"
 
 ATTENTION_F, DISPATCH_F, MLP_F, COMBINE_F = (
     Step(FORWARD, Phase.F, n) for n in ("attention", "dispatch", "mlp", "combine")
@@ -125,3 +151,111 @@ def test_a_picture_has_two_streams() -> None:
     assert compute.count("|") == 1 + 7 and compute.startswith("|attentio|attenti|mlp(B)-")
     assert "|combine" in sent and "|dispatc" in sent
     assert max(len(compute), len(sent)) == 61
+
+
+# ---- DeepSeek-V3 on 2048 H800, experts over 64 ranks on 8 nodes ------------------------------------------------------
+
+
+@functools.cache
+def cut_model() -> State:
+    """The training program in FP8 as it comes to the pass; the published recomputation, smaller in all but a layer."""
+    _, family, config = resolve("deepseek-v3:num_hidden_layers=8,num_nextn_predict_layers=0")
+    target = find("h800")
+    job = driver.make_job(
+        config, target, kind="train", mesh="pp=2,dp=128,ep=64", ranks_per_node=8, seq=4096, micro_batch=1,
+        global_batch=1024, precision="fp8", schedule="dualpipe", expert_headroom=1.5, kernels="none",
+        implementations="auto", allow_oversize=True, document_end=None, recipe=None,
+    )  # fmt: skip
+    program = family.build(config, job, target.expert_alignment(job.dtype))
+    passes = "differentiate,quantize,shard,eliminate,share,hoist,recompute{price=5},fuse,eliminate,cut"
+    return pipeline.run(State(program, REGISTRY, job, target), pipeline.parse(passes)).state
+
+
+MACHINE: Machine = find("h800").machine
+MACHINES = {
+    "h800": MACHINE,
+    "half_the_network": replace(MACHINE, slow_link=MACHINE.slow_link / 2),
+    "twice_the_fp8": replace(MACHINE, matrix_flops=((DType.e4m3, 2 * 1979e12), *MACHINE.matrix_flops[1:])),
+}
+
+
+def overlapped(machine: Machine) -> tuple[State, list[Note]]:
+    state = cut_model()
+    assert state.target is not None
+    notes: list[Note] = []
+    after = Overlap().run(state.but(target=replace(state.target, machine=machine)),
+                          lambda *text: notes.append(Note("overlap", *text)))  # fmt: skip
+    return after, notes
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_the_layer_of_deepseek_v3(name: str, update_golden: bool) -> None:
+    """A summary golden: the order, what hides behind what, and the picture; others for another network and chip."""
+    _, notes = overlapped(MACHINES[name])
+    made = "".join(f"{note}\n" for note in notes)
+    path = SUMMARIES / f"{name}.txt"
+    if update_golden:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(made, encoding="utf-8")
+    assert made == path.read_text(encoding="utf-8"), f"{path.name} differs; if meant: pytest --update-golden"
+
+
+def test_the_machine_changes_the_result() -> None:
+    results = [(SUMMARIES / f"{name}.txt").read_text(encoding="utf-8") for name in MACHINES]
+    assert len(set(results)) == len(results)
+    orders = [next(x for x in text.splitlines() if x.startswith("overlap: ordered")) for text in results]
+    assert len(set(orders)) > 1
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_it_is_no_worse_than_the_published_order_for_deepseek_v3(name: str) -> None:
+    after, _ = overlapped(MACHINES[name])
+    assert after.overlap is not None
+    found = after.overlap.order("moe_block", "moe_block")
+    assert found is not None
+    times = Times.of(after.program, REGISTRY, after.sizes, MACHINES[name]).with_lent(20)
+    table = {w.step: w for w in works(times, {g.name: g for g in after.program.graphs}, "moe_block", "moe_block")}
+    ends = [s for s in table if s.segment in ("head", "tail")]
+    published = [table[s] for s in (*ends[1:], *PUBLISHED, *ends[:1])]
+    assert [w.step.segment for w in (published[0], published[-1])] == ["head", "tail"]
+    assert found.seconds <= span(published, 4) / 4 * (1 + 1e-9)
+
+
+def test_nodes_stand_in_the_order_of_the_segments_afterwards() -> None:
+    after, _ = overlapped(MACHINE)
+    for graph in after.program.graphs:
+        if graph.name.endswith(("_F", "_B", "_W")):
+            order = [i for s in segments(graph, REGISTRY) for i in s.nodes]
+            assert order == list(range(len(graph.nodes))), graph.name
+
+
+def test_without_communication_or_machine_nothing_overlaps() -> None:
+    after, notes = overlapped(MACHINE)
+    alone = after.but(target=None, overlap=None)
+    assert Overlap().run(alone, lambda *text: notes.append(Note("", *text))).overlap is None
+    assert "no machine is given" in notes[-1].reason
+
+
+# ---- what is sent ----------------------------------------------------------------------------------------------------
+
+V3 = Routing(experts=256, k=8, groups=8, kept=4)
+
+
+@pytest.mark.parametrize("parts", [8, 16, 64, 256, 4, 2, 1])
+def test_how_many_ranks_a_token_reaches(parts: int) -> None:
+    """Against choices drawn at random."""
+    rng = random.Random(parts)
+    total, draws = 0, 4000
+    for _ in range(draws):
+        groups = rng.sample(range(8), 4)
+        chosen = rng.sample([e for g in groups for e in range(g * 32, g * 32 + 32)], 8)
+        total += len({e * parts // 256 for e in chosen})
+    assert V3.reached(parts) == pytest.approx(total / draws, rel=0.02)
+
+
+def test_in_two_hops_less_crosses_between_nodes() -> None:
+    two, flat = (traffic(1.0, 64, 8, V3, hops) for hops in (True, False))
+    assert two.slow == pytest.approx(V3.reached(8) * 7 / 8) and flat.slow == pytest.approx(V3.reached(64) * 7 / 8)
+    assert two.slow < 3.5 < 6 < flat.slow
+    inside = traffic(1.0, 8, 8, V3, True)
+    assert inside.slow == 0 and inside.fast == pytest.approx(V3.reached(8) * 7 / 8)
