@@ -2,7 +2,8 @@
 
     python -m benchmarks.hopper_gemm [--cases dense,rows,columns,bf16,small,ablation] [--record]
 
-`--record` appends the best candidate of each case, and its peer, to results.jsonl. `ablation` leaves stages of the
+`--record` appends to results.jsonl the best candidate of each case, what the measured table selects, and the peer.
+`ablation` leaves stages of the
 kernel out, which makes its results wrong and its times an upper bound for what the other stages allow.
 """
 
@@ -21,6 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import record
+from dsv3c.target import Product
+from dsv3c.targets._cuda_selector import HopperSelector
 from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Output, Pair, source
 from dsv3c.targets._gluon_launch import Binary, build, load
 
@@ -28,6 +31,7 @@ DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168),
 ROWS = ((4, 8192), (8, 4096))
 EXPERT = ((4096, 7168), (7168, 2048))
 E4M3 = torch.float8_e4m3fn
+SELECTOR = HopperSelector("h100")
 Run = Callable[[], None]
 
 
@@ -90,6 +94,7 @@ class Case:
     wanted: torch.Tensor
     before: torch.Tensor | None
     peer: Run | None
+    product: Product
 
 
 def _given(**values: torch.Tensor | int) -> dict[str, torch.Tensor | int]:
@@ -106,7 +111,8 @@ def dense_case(m: int, n: int, k: int) -> Case:
     room[:, :blocks] = b_scale
     theirs = lambda: torch._scaled_mm(a, b.t(), a_scale.t(), room.t()[:blocks], out_dtype=torch.bfloat16)  # noqa: E731
     values = _given(a_desc=a, b_desc=b, c_desc=c, a_scale=a_scale, b_scale=b_scale, M=m, N=n, K=k, a_scale_stride=m)
-    return Case(f"dense_e4m3/{m}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, lambda: (theirs(), None)[1])
+    return Case(f"dense_e4m3/{m}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, lambda: (theirs(), None)[1],
+                Product("linear_fp8", "e4m3", m, n, k))  # fmt: skip
 
 
 def dense_bf16_case(m: int, n: int, k: int) -> Case:
@@ -116,7 +122,8 @@ def dense_bf16_case(m: int, n: int, k: int) -> Case:
     theirs = torch.empty_like(c)
     values = _given(a_desc=a, b_desc=b, c_desc=c, M=m, N=n, K=k)
     peer = lambda: (torch.mm(a, b.t(), out=theirs), None)[1]  # noqa: E731
-    return Case(f"dense_bf16/{m}x{n}x{k}", 2.0 * m * n * k, values, c, a.float() @ b.float().t(), None, peer)
+    return Case(f"dense_bf16/{m}x{n}x{k}", 2.0 * m * n * k, values, c, a.float() @ b.float().t(), None, peer,
+                Product("linear", "bf16", m, n, k))  # fmt: skip
 
 
 def uneven(groups: int, each: int, spread: float) -> list[int]:
@@ -139,7 +146,8 @@ def rows_case(groups: int, each: int, n: int, k: int, spread: float = 0.0) -> Ca
     values = _given(a_desc=a, b_desc=torch.stack([q for q, _ in packed]), c_desc=c, a_scale=a_scale,
                   b_scale=torch.cat([s for _, s in packed]), offsets=offsets, experts=groups, M=m, N=n, K=k,
                   a_scale_stride=m)  # fmt: skip
-    return Case(f"grouped_rows_e4m3/{groups}x{each}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, None)
+    return Case(f"grouped_rows_e4m3/{groups}x{each}x{n}x{k}", 2.0 * m * n * k, values, c, wanted, None, None,
+                Product("grouped_linear_fp8", "e4m3", m, n, k, groups))  # fmt: skip
 
 
 def columns_case(groups: int, each: int, n: int, k: int, spread: float = 0.2) -> Case:
@@ -155,7 +163,8 @@ def columns_case(groups: int, each: int, n: int, k: int, spread: float = 0.2) ->
     out = before.clone()
     values = _given(a_desc=a, b_desc=b, c_desc=out, a_scale=a_scale, b_scale=b_scale, offsets=offsets, experts=groups,
                   M=n, N=k, K=rows, a_scale_stride=n, b_scale_stride=k)  # fmt: skip
-    return Case(f"grouped_k_e4m3/{groups}x{each}x{n}x{k}", 2.0 * rows * n * k, values, out, wanted, before, None)
+    return Case(f"grouped_k_e4m3/{groups}x{each}x{n}x{k}", 2.0 * rows * n * k, values, out, wanted, before, None,
+                Product("grouped_linear_fp8_wgrad", "e4m3", rows, n, k, groups, True))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,20 +262,30 @@ def measure(plan: Plan, binaries: dict[GemmSpec, Binary | str], units: int, roun
             print(f"{case.name} {label}: WRONG, relative error {error:.2e}", flush=True)
             continue
         runs[label] = run
+    chosen = SELECTOR.choose([case.product], "auto")[0].implementation
     if case.peer is not None:
         runs["cuBLASLt"] = case.peer
+        if not chosen.startswith("gluon"):
+            runs["selected"] = case.peer  # the same call once more, measured by itself
     times = median_ms(runs, rounds)
     rates = {name: case.flops / t / 1e9 for name, t in times.items()}
     theirs = rates.pop("cuBLASLt", None)
+    selected = rates.pop("selected", rates.get(chosen.removeprefix("gluon ")))
     best = max(rates, key=lambda name: rates[name]) if rates else None
     line = "  ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
     beside = f"  cuBLASLt {theirs:.0f}  ratio {rates[best] / theirs:.3f}" if theirs and best else ""
-    print(f"{case.name:<36} {line}{beside}", flush=True)
+    taken = f"  selected {chosen} {selected:.0f}" if selected else f"  selected {chosen}, not among these"
+    if selected and theirs:
+        taken += f" ratio {selected / theirs:.3f}"
+    print(f"{case.name:<36} {line}{beside}{taken}", flush=True)
     if keep and best is not None:
         peer = {"ratio": rates[best] / theirs, "peer": "cuBLASLt"} if theirs else {}
         record(f"hopper_gemm/{case.name}/generated {best}", rates[best], "TFLOP/s", load=0.0, **peer)
         if theirs:
             record(f"hopper_gemm/{case.name}/cuBLASLt", theirs, "TFLOP/s", load=0.0)
+        if selected:
+            against = {"ratio": selected / theirs, "peer": "cuBLASLt"} if theirs else {}
+            record(f"hopper_gemm/{case.name}/selected ({chosen})", selected, "TFLOP/s", load=0.0, **against)
 
 
 def main() -> None:

@@ -148,6 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     _train(command("train", "train a plan on text"))
     _generate(command("generate", "continue a prompt"))
     _verify(command("verify", "compare a checkpoint's logits, gradients and expert choices with transformers"))
+    _tune(command("tune", "measure implementations of matrix products on this machine's GPU, for compile"))
     export = command("export", "write a trained model for other programs")
     export.add_argument("directory", metavar="DIR", help="what 'dsv3c train --out' wrote, or a checkpoint")
     export.add_argument("--format", required=True, choices=("hf",), help="hf: a Hugging Face checkpoint")
@@ -191,7 +192,7 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--implementations",
         choices=IMPLEMENTATIONS,
-        help="which kind an op runs on (default auto; only recorded yet)",
+        help="what executes matrix products: the fastest as measured, our kernels, or libraries (default auto)",
     )
     p.add_argument("--document-end", type=_seed, metavar="TOKEN",
                    help="the token between packed documents, if attention must not cross it")  # fmt: skip
@@ -257,6 +258,16 @@ def _generate(p: argparse.ArgumentParser) -> None:
     p.add_argument("--seed", type=_seed, default=0, metavar="N",
                    help="of sampling, and of the weights of a plan without --weights (default 0)")  # fmt: skip
     p.add_argument("--tokenizer", metavar="FILE|bytes", help="instead of the one beside the weights")
+
+
+def _tune(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sources", nargs="*", metavar="FILE.plan|MODEL",
+                   help="whose products are measured (default those of the table that comes with dsv3c)")  # fmt: skip
+    p.add_argument("--target", metavar="NAME", help="h100, h200 or h800 (default what this GPU is)")
+    p.add_argument("--precision", choices=("fp8", "bf16"), help="of a MODEL (default fp8)")
+    p.add_argument("--seq", type=_count, metavar="N", help="tokens in a sequence of a MODEL (default at most 4096)")
+    p.add_argument("--micro-batch", type=_count, default=1, metavar="N", help="sequences at a time (default 1)")
+    p.add_argument("--rounds", type=_count, default=20, metavar="N", help="timed runs of each (default 20)")
 
 
 def _verify(p: argparse.ArgumentParser) -> None:

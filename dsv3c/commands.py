@@ -273,6 +273,20 @@ def verify(a: argparse.Namespace) -> int:
     return 0 if certificate.passed else 1
 
 
+def tune(a: argparse.Namespace) -> int:
+    """`dsv3c tune`: a bar while it measures, then where the result lies."""
+    from dsv3c.tune import tune as run
+
+    result = run(
+        a.sources, target=a.target, precision=a.precision, seq=a.seq, micro_batch=a.micro_batch, rounds=a.rounds
+    )
+    if a.json:
+        write_json(dataclasses.asdict(result))
+    else:
+        print(f"measured {result.products} products in {result.seconds} s: {result.path}")
+    return 0
+
+
 def export(a: argparse.Namespace) -> int:
     """`dsv3c export`: a trained model for other programs."""
     from dsv3c.runtime.export import export as run

@@ -84,11 +84,15 @@ def build(spec: GemmSpec, folder: Path, text: str | None = None) -> Binary:
                if n in MULTIPLES_OF_16 or (isinstance(t, str) and t.startswith("*"))}  # fmt: skip
     kernel_source = GluonASTSource(fn=module.kernel, signature=signature, constexprs={}, attrs=aligned)
     options = {"num_warps": WARPS_AT_ENTRY}
+    with_lines = triton.knobs.compilation.disable_line_info
+    triton.knobs.compilation.disable_line_info = True  # they would bring the path of the source into the binary
     try:
         compiled = triton.compile(kernel_source, target=GPUTarget("cuda", 90, 32), options=options)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise WorkError(f"Triton could not compile the kernel {spec.name}: {first}") from error
+    finally:
+        triton.knobs.compilation.disable_line_info = with_lines
     meta = compiled.metadata
     ptx = compiled.asm["ptx"]
     if spec.output == "accumulate_f32":
