@@ -180,6 +180,21 @@ class World:
         except RuntimeError as error:
             raise WorkError(f"a rank stopped while rank {self.rank} waited for all: {_first_line(error)}") from error
 
+    def share(self, text: str) -> list[str]:
+        """What every rank gave, in order of ranks; all call it. Raises WorkError if one is lost."""
+        if self.size == 1:
+            return [text]
+        own = text.encode()
+        try:
+            sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            dist.all_gather(sizes, torch.tensor([len(own)]))
+            room = max(int(n) for n in sizes)
+            texts = [torch.zeros(room, dtype=torch.uint8) for _ in range(self.size)]
+            dist.all_gather(texts, torch.tensor(list(own.ljust(room, b"\0")), dtype=torch.uint8))
+        except RuntimeError as error:
+            raise WorkError(f"a rank stopped while rank {self.rank} waited for all: {_first_line(error)}") from error
+        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+
     # ---- begin and end ---------------------------------------------------------------------------------------------
 
     @classmethod
