@@ -23,6 +23,9 @@ else:
 
 Tensors = tuple["torch.Tensor", ...]
 
+TAIL_PROGRAMS = 1056
+"""Programs that share the rows that no expert has."""
+
 
 def linear(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (x, w), (y,) = inputs, outputs
@@ -67,7 +70,7 @@ def linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumula
         if left.dtype == dw.dtype:
             torch.addmm(dw, left, right, beta=1 if accumulate else 0, out=dw)
         elif accumulate:
-            dw.add_(torch.mm(left, right, out_dtype=dw.dtype))
+            torch.addmm(dw, left, right, out_dtype=dw.dtype, out=dw)
         else:
             torch.mm(left, right, out_dtype=dw.dtype, out=dw)
 
@@ -88,7 +91,7 @@ def zero_tail(y: torch.Tensor, offsets: torch.Tensor) -> Call:
     if flat.dtype != torch.int32:
         raise AssertionError("rows of experts' results are whole words")
     values = {"y": flat, "offsets": offsets, "experts": experts, "rows": y.shape[0], "words": flat.shape[1]}
-    return launch(ZERO_TAIL, "zero_tail", (y.shape[0],), values, BLOCK=1024)
+    return launch(ZERO_TAIL, "zero_tail", (min(y.shape[0], TAIL_PROGRAMS),), values, BLOCK=1024)
 
 
 def fits_tma(*matrices: torch.Tensor) -> bool:

@@ -73,12 +73,14 @@ def transpose(x, y, rows, cols, step, stride, TILE: tl.constexpr):
 PERMUTE = f"""{HEAD}
 
 @triton.jit
-def permute(x, source, y, words, choices, BLOCK: tl.constexpr):
-    row = tl.program_id(0)
+def permute(x, source, y, rows, words, choices, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    choice = tl.load(source + row)
-    v = tl.load(x + (choice // choices).to(tl.int64) * words + c, mask=(c < words) & (choice >= 0), other=0)
-    tl.store(y + row.to(tl.int64) * words + c, v, mask=c < words)
+    choice = tl.load(source + row, mask=row < rows, other=-1)
+    inside = (c < words)[None, :]
+    from_ = x + (choice // choices).to(tl.int64)[:, None] * words + c[None, :]
+    v = tl.load(from_, mask=inside & (choice >= 0)[:, None], other=0)
+    tl.store(y + row.to(tl.int64)[:, None] * words + c[None, :], v, mask=inside & (row < rows)[:, None])
 """
 
 UNPERMUTE = f"""{HEAD}
@@ -98,11 +100,13 @@ ZERO_TAIL = f"""{HEAD}
 
 @triton.jit
 def zero_tail(y, offsets, experts, rows, words, BLOCK: tl.constexpr):
-    row = tl.load(offsets + experts) + tl.program_id(0)
-    if row < rows:
+    first = tl.load(offsets + experts) + tl.program_id(0)
+    at = y + first.to(tl.int64) * words
+    for _ in range(first, rows, tl.num_programs(0)):
         for start in range(0, words, BLOCK):
             c = start + tl.arange(0, BLOCK)
-            tl.store(y + row.to(tl.int64) * words + c, tl.zeros((BLOCK,), tl.int32), mask=c < words)
+            tl.store(at + c, tl.zeros((BLOCK,), tl.int32), mask=c < words)
+        at += tl.num_programs(0) * words
 """
 
 CROSS_ENTROPY = f"""{HEAD}
@@ -175,9 +179,11 @@ def sum_squares(x, part, blocks, rest, BLOCK: tl.constexpr):
     end = x + blocks.to(tl.int64) * BLOCK
     v = tl.load(end + lane, mask=(lane < rest) & (first == 0), other=0.0).to(tl.float32)
     total = v * v
-    for block in range(first, blocks, tl.num_programs(0)):
-        v = tl.load(x + block.to(tl.int64) * BLOCK + lane).to(tl.float32)
+    at = x + first.to(tl.int64) * BLOCK + lane
+    for _ in range(first, blocks, tl.num_programs(0)):
+        v = tl.load(at).to(tl.float32)
         total += v * v
+        at += tl.num_programs(0) * BLOCK
     tl.store(part + first, tl.sum(total, 0))
 """
 
@@ -191,6 +197,19 @@ def count_choices(e, counts, count, EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
     expert = tl.load(e + i, mask=i < count, other=-1)
     hit = (expert[:, None] == names[None, :]).to(tl.int32)
     tl.store(counts + chunk * EXPERTS + names, tl.sum(hit, 0))
+
+
+@triton.jit
+def add_up_choices(counts, sums, chunks, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, CHUNKS: tl.constexpr):
+    names = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    before = tl.zeros((WIDTH,), tl.int32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        at = chunk[:, None] * EXPERTS + names[None, :]
+        here = (chunk < chunks)[:, None]
+        v = tl.load(counts + at, mask=here, other=0)
+        tl.store(sums + at, before[None, :] + tl.cumsum(v, 0), mask=here)
+        before += tl.sum(v, 0)
 
 
 @triton.jit
@@ -212,4 +231,37 @@ def place_choices(e, sums, offsets, slot, source, count, experts, chunks, align,
     if chunk == 0:
         tl.store(offsets + names, start, mask=names < experts)
         tl.store(offsets + experts, tl.sum(room, 0))
+"""
+
+CHOOSE_EXPERTS = f"""{HEAD}
+
+@triton.jit
+def choose_experts(s, bias, e, rows, groups, size, GROUPS: tl.constexpr, SIZE: tl.constexpr, KEPT: tl.constexpr,
+                   K: tl.constexpr, ROWS: tl.constexpr):
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    g, j, lane = tl.arange(0, GROUPS), tl.arange(0, SIZE), tl.arange(0, GROUPS * SIZE)
+    name = g[:, None] * size + j[None, :]
+    there = (g < groups)[:, None] & (j < size)[None, :]
+    at = r.to(tl.int64)[:, None, None] * (groups * size) + name[None, :, :]
+    v = tl.load(s + at, mask=(r < rows)[:, None, None] & there[None, :, :], other=0.0)
+    v += tl.load(bias + name, mask=there, other=0.0)[None, :, :]
+    v = tl.where(v == v, v, float("inf"))
+    v = tl.where(there[None, :, :], v, float("-inf"))
+    if KEPT < GROUPS:
+        score = tl.max(v, 2)
+        if SIZE > 1:
+            best = tl.argmax(v, 2)
+            others = tl.where(j[None, None, :] == best[:, :, None], float("-inf"), v)
+            score += tl.max(others, 2)
+        keep = tl.zeros((ROWS, GROUPS), tl.int32)
+        for _ in tl.static_range(KEPT):
+            hit = g[None, :] == tl.argmax(score, 1)[:, None]
+            keep = tl.where(hit, 1, keep)
+            score = tl.where(hit, float("-inf"), score)
+        v = tl.where((keep > 0)[:, :, None], v, float("-inf"))
+    flat = tl.reshape(v, (ROWS, GROUPS * SIZE))
+    for i in tl.static_range(K):
+        top = tl.argmax(flat, 1)
+        tl.store(e + r.to(tl.int64) * K + i, top // SIZE * size + top % SIZE, mask=r < rows)
+        flat = tl.where(lane[None, :] == top[:, None], float("-inf"), flat)
 """

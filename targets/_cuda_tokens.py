@@ -10,6 +10,7 @@ from dsv3c.ops.rotary import frequencies
 from dsv3c.target import Implementation
 from dsv3c.targets._cuda_launch import Call, launch, scratch, width, words
 from dsv3c.targets._cuda_text import (
+    CHOOSE_EXPERTS,
     CROSS_ENTROPY,
     CROSS_ENTROPY_GRAD,
     EMBEDDING_WGRAD,
@@ -18,6 +19,7 @@ from dsv3c.targets._cuda_text import (
     SUM_SQUARES,
     UNPERMUTE,
 )
+from dsv3c.targets._torch_tokens import choose_experts as _choose_experts
 from dsv3c.targets._torch_tokens import embedding, permute_weights, unpermute_weights
 
 if TYPE_CHECKING:
@@ -90,6 +92,9 @@ def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: in
     counts, sums = (scratch(i, (chunks, names), torch.int32, e.device) for i in (20, 21))
     flat = e.view(-1)
     sizes = {"EXPERTS": names, "CHUNK": CHUNK}
+    wide = min(names, 8)
+    add_up = launch(SORT_BY_EXPERT, "add_up_choices", (names // wide,), {"counts": counts, "sums": sums,
+                    "chunks": chunks}, EXPERTS=names, WIDTH=wide, CHUNKS=256)  # fmt: skip
     tally = launch(SORT_BY_EXPERT, "count_choices", (chunks,), {"e": flat, "counts": counts, "count": count}, **sizes)
     values = {"e": flat, "sums": sums, "offsets": offsets, "slot": slot, "source": source, "count": count,
               "experts": experts, "chunks": chunks, "align": align}  # fmt: skip
@@ -98,18 +103,33 @@ def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: in
     def run() -> None:
         source.fill_(-1)
         tally()
-        torch.cumsum(counts, 0, dtype=torch.int32, out=sums)
+        add_up()
         place()
 
     return run
 
 
+def choose_experts(inputs: Tensors, outputs: Tensors, *, k: int, groups: int, kept: int) -> Call:
+    """The best group, then the best expert, so many times over; ties go to the lower index."""
+    (s, bias), (e,) = inputs, outputs
+    size = s.shape[-1] // groups
+    if s.dtype != torch.float32 or not s.is_contiguous():
+        return _choose_experts(inputs, outputs, k=k, groups=groups, kept=kept)
+    wide = {"GROUPS": width(groups, 2**30), "SIZE": width(size, 2**30)}
+    rows, together = e.numel() // k, max(1, 1024 // (wide["GROUPS"] * wide["SIZE"]))
+    values = {"s": s, "bias": bias, "e": e, "rows": rows, "groups": groups, "size": size}
+    return launch(CHOOSE_EXPERTS, "choose_experts", (-(-rows // together),), values, **wide,
+                  KEPT=kept if kept < groups else wide["GROUPS"], K=k, ROWS=together)  # fmt: skip
+
+
 def permute(inputs: Tensors, outputs: Tensors) -> Call:
     (x, source, slot), (y,) = inputs, outputs
     from_, to = words(x), words(y)
-    block = width(to.shape[1], 2048)
-    values = {"x": from_, "source": source, "y": to, "words": to.shape[1], "choices": slot.shape[1]}
-    return launch(PERMUTE, "permute", (y.shape[0], -(-to.shape[1] // block)), values, BLOCK=block)
+    rows, block = to.shape[0], width(to.shape[1], 2048)
+    together = max(1, 4096 // block)
+    values = {"x": from_, "source": source, "y": to, "rows": rows, "words": to.shape[1], "choices": slot.shape[1]}
+    grid = (-(-rows // together), -(-to.shape[1] // block))
+    return launch(PERMUTE, "permute", grid, values, warps=8, ROWS=together, BLOCK=block)
 
 
 def unpermute(inputs: Tensors, outputs: Tensors) -> Call:
@@ -166,6 +186,7 @@ TOKENS = (
     Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
     Implementation("cross_entropy", cross_entropy),
     Implementation("cross_entropy_grad", cross_entropy_grad),
+    Implementation("choose_experts", choose_experts),
     Implementation("sort_by_expert", sort_by_expert),
     Implementation("permute", permute),
     Implementation("unpermute", unpermute),

@@ -78,8 +78,9 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, int], int]] = {
         4,
     ),
     "permute": (
-        _cuda_text.PERMUTE, {"x": WORD, "source": WORD, "y": WORD, "words": NUMBER, "choices": NUMBER},
-        {"BLOCK": 2048}, 4,
+        _cuda_text.PERMUTE,
+        {"x": WORD, "source": WORD, "y": WORD, "rows": NUMBER, "words": NUMBER, "choices": NUMBER},
+        {"ROWS": 2, "BLOCK": 2048}, 8,
     ),
     "unpermute": (_cuda_text.UNPERMUTE, {"y": MATRIX, "slot": WORD, "x": MATRIX, "cols": NUMBER},
                   {"K": 8, "BLOCK": 1024}, 4),
@@ -103,6 +104,15 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, int], int]] = {
     ),
     "count_choices": (
         _cuda_text.SORT_BY_EXPERT, {"e": WORD, "counts": WORD, "count": NUMBER}, {"EXPERTS": 256, "CHUNK": 128}, 4,
+    ),
+    "add_up_choices": (
+        _cuda_text.SORT_BY_EXPERT, {"counts": WORD, "sums": WORD, "chunks": NUMBER},
+        {"EXPERTS": 256, "WIDTH": 8, "CHUNKS": 256}, 4,
+    ),
+    "choose_experts": (
+        _cuda_text.CHOOSE_EXPERTS,
+        {"s": FLOAT, "bias": FLOAT, "e": WORD, "rows": NUMBER, "groups": NUMBER, "size": NUMBER},
+        {"GROUPS": 8, "SIZE": 32, "KEPT": 4, "K": 8, "ROWS": 4}, 4,
     ),
     "place_choices": (
         _cuda_text.SORT_BY_EXPERT,
@@ -219,6 +229,9 @@ class TestOnGpu:
     def test_rows_in_the_order_of_experts(self, routes: tuple[torch.Tensor, ...]) -> None:
         e, _offsets, slot, source = routes
         _agree("sort_by_expert", (e,), 0, experts=16, align=128)
+        scores, bias = _random(300, 48, dtype=F32).mul_(4).round_(), _random(48, dtype=F32).round_()
+        for groups, kept, k in ((1, 1, 8), (8, 4, 8), (6, 2, 3), (48, 5, 5)):
+            _agree("choose_experts", (scores, bias), 0, k=k, groups=groups, kept=kept)
         x = _random(300, 256)
         for rows in (x, x.float(), _quantized("quantize_tile", x)[0]):
             _agree("permute", (rows, source, slot), 0)
