@@ -190,15 +190,21 @@ class Times:
 
     def exchange(self, node: Node, units: int | None = None) -> float:
         """Time of a node that sends rows among ranks, by so many units (all that it can use if None)."""
+        return self.sending(self.traffic_of(node), units)
+
+    def carried(self, node: Node) -> tuple[float, float]:
+        """Of a node that sends rows: the tokens of this rank, and the bytes of one token's row."""
+        tokens = (node.outputs if node.op == "combine" else node.inputs)[0].type
+        rows = node.inputs if node.op == "dispatch" else node.inputs[:1]
+        count = bind(multiply(*tokens.shape[:-1]), self.sizes)
+        return count, sum(bind(v.type.shape[-1], self.sizes) * v.type.dtype.bits / 8 for v in rows)
+
+    def traffic_of(self, node: Node) -> Traffic:
+        """What this rank sends by a node that sends rows, at balanced load."""
         ranks = node.attr("ranks")
         assert isinstance(ranks, int) and self.routing is not None
-        back = node.op == "combine"
-        inputs = node.inputs[:-1] if node.op in ("combine", "dispatch_again") else node.inputs
-        tokens = node.outputs[0].type if back else node.inputs[0].type
-        count = bind(tokens.elements, self.sizes) / bind(tokens.shape[-1], self.sizes)
-        row = sum(bind(v.type.shape[-1], self.sizes) * v.type.dtype.bits / 8 for v in inputs)
-        sent = traffic(count * row, ranks, self.machine.node, self.routing, self.two_hop)
-        return self.sending(sent, units)
+        tokens, row = self.carried(node)
+        return traffic(tokens * row, ranks, self.machine.node, self.routing, self.two_hop)
 
     def sending(self, sent: Traffic, units: int | None = None) -> float:
         """Time to send so much over both links, one hop after the other but for what the machine does of both at
