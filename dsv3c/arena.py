@@ -10,13 +10,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dsv3c.ir import Graph, Phase, Program, Sequence, Value
+from dsv3c.ir import Graph, Phase, Program, Sequence, Type
 from dsv3c.lazy import lazy
 from dsv3c.op import Registry
 from dsv3c.rewrite import crosses_ranks, shares_memory
 
 if TYPE_CHECKING:
     import numpy
+
+    from dsv3c.chunks import ChunkLayout, RankArena
 else:
     numpy = lazy("numpy")
 
@@ -43,12 +45,15 @@ class Slot:
     end: int
 
 
-def place(wanted: list[tuple[str, int, int, int]]) -> tuple[tuple[Slot, ...], int]:
+def place(wanted: list[tuple[str, int, int, int]], by_size: bool = True) -> tuple[tuple[Slot, ...], int]:
     """Offsets for tensors given as (name, bytes, start, end) so that no two that live at once overlap.
 
-    Largest first, each at the lowest gap that fits. Gives the slots, in the order of `wanted`, and the peak bytes.
+    Largest first, or in the order given, each at the lowest gap that fits. Gives the slots, in the order of `wanted`,
+    and the peak bytes.
     """
-    order = sorted(range(len(wanted)), key=lambda i: (-wanted[i][1], wanted[i][2], i))
+    order = list(range(len(wanted)))
+    if by_size:
+        order.sort(key=lambda i: (-wanted[i][1], wanted[i][2], i))
     low, high, born, dead = (numpy.zeros(len(wanted) + 1, numpy.int64) for _ in range(4))  # sorted by `low`
     slots: dict[int, Slot] = {}
     peak = 0
@@ -148,20 +153,38 @@ class SequenceLayout:
         return self.peak + self.workspace
 
 
-def sequence_layout(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
-                    outside: Callable[[str], bool] = lambda name: False) -> SequenceLayout:  # fmt: skip
-    """Lay out a sequence for the given symbol sizes; values for which `outside(name)` holds have storage of their
-    own (weight gradients that go straight into the gradient buffer)."""
+@dataclass(frozen=True)
+class Lifetimes:
+    """What a sequence hands between its layers: `roots` as in `SequenceLayout`; for each root that a layer makes its
+    type, and the layers in which it is made and used last; layouts of the graphs."""
+
+    roots: Mapping[str, str]
+    types: Mapping[str, Type]
+    start: Mapping[str, int]
+    end: Mapping[str, int]
+    graphs: Mapping[str, GraphLayout]
+
+
+def lifetimes(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
+              known: dict[tuple[str, frozenset[str]], GraphLayout] | None = None) -> Lifetimes:  # fmt: skip
+    """When each value that layers hand on is alive; results of the sequence are like any other value.
+
+    `known` keeps layouts of graphs, by name and donated inputs, for other sequences of the same program and sizes.
+    """
+    known = {} if known is None else known
     graphs: dict[str, GraphLayout] = {}
     donated = donated_inputs(program, sequence)
     roots: dict[str, str] = {name: name for name in sequence.inputs}
-    values: dict[str, Value] = {}
+    types: dict[str, Type] = {}
     start: dict[str, int] = {}
     end: dict[str, int] = {}
     for i, layer in enumerate(sequence.layers):
         graph = program.graph(layer.graph)
         if graph.name not in graphs:
-            graphs[graph.name] = graph_layout(graph, registry, sizes, donated[graph.name])
+            key = (graph.name, donated[graph.name])
+            if key not in known:
+                known[key] = graph_layout(graph, registry, sizes, donated[graph.name])
+            graphs[graph.name] = known[key]
         inner = graphs[graph.name].roots
         bound = dict(zip((v.name for v in graph.params), layer.inputs + layer.weights, strict=True))
         for name in layer.inputs:
@@ -176,8 +199,17 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
                 roots[name] = leaving.setdefault(inside, name)
             root = roots[name]
             if root == name:
-                values[name], start[name] = graph.value(inside), i
+                types[name], start[name] = graph.value(inside).type, i
             end[root] = max(end.get(root, i), i)
+    return Lifetimes(roots, types, start, end, graphs)
+
+
+def sequence_layout(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
+                    outside: Callable[[str], bool] = lambda name: False) -> SequenceLayout:  # fmt: skip
+    """Lay out a sequence for the given symbol sizes; values for which `outside(name)` holds have storage of their
+    own (weight gradients that go straight into the gradient buffer)."""
+    live = lifetimes(program, sequence, registry, sizes)
+    roots, start, end = live.roots, dict(live.start), dict(live.end)
     for name in sequence.results:
         end[roots[name]] = len(sequence.layers)
     backward = next((i for i, layer in enumerate(sequence.layers) if layer.phase is not Phase.F), 0)
@@ -185,10 +217,10 @@ def sequence_layout(program: Program, sequence: Sequence, registry: Registry, si
         if not outside(name):  # an overlapped schedule may compute a weight gradient before the rest of backward
             root = roots[name]
             start[root], end[root] = min(start.get(root, backward), backward), len(sequence.layers)
-    wanted = [(r, values[r].type.bytes(sizes), start[r], end[r]) for r in start if not outside(r)]
+    wanted = [(r, live.types[r].bytes(sizes), start[r], end[r]) for r in start if not outside(r)]
     slots, peak = place(wanted)
-    workspace = max((g.peak for g in graphs.values()), default=0)
-    return SequenceLayout(sequence.name, roots, slots, peak, workspace, graphs)
+    workspace = max((g.peak for g in live.graphs.values()), default=0)
+    return SequenceLayout(sequence.name, roots, slots, peak, workspace, live.graphs)
 
 
 def donated_inputs(program: Program, sequence: Sequence) -> dict[str, frozenset[str]]:
@@ -224,10 +256,18 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class BufferPlan:
-    """Memory of every sequence and of every rank, for the job's sizes, at balanced expert load."""
+    """Memory of every sequence and of every pipeline rank, for the job's sizes, at balanced expert load.
+
+    `with_headroom`: the same ranks with buffers for as many rows as the job's `expert_headroom` asks for, empty if
+    no rows are exchanged. `stages`: the two blocks of a chunk of each stage, `arenas`: where each pipeline rank has
+    its chunks; both are empty on one rank.
+    """
 
     sequences: tuple[SequenceLayout, ...]
     ranks: tuple[RankMemory, ...]
+    with_headroom: tuple[RankMemory, ...] = ()
+    stages: tuple[ChunkLayout, ...] = ()
+    arenas: tuple[RankArena, ...] = ()
 
     @property
     def peak(self) -> RankMemory:

@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout, show_bytes
+from dsv3c.capacity import capacity
 from dsv3c.errors import InputError
 from dsv3c.ir import DType, Program, Sequence
+from dsv3c.passes._rank_memory import divided
+from dsv3c.stages import stage_count
 from dsv3c.state import Pass, State, TakeNote
+
+KINDS = ("weights", "gradients", "optimizer", "activations", "communication")
 
 
 @dataclass(frozen=True)
@@ -25,33 +30,52 @@ class PlanBuffers(Pass):
         if state.job is None or not state.program.sequences:
             note("kept", "program", "without a job's sizes there is nothing to lay out")
             return state
-        program, sizes = state.program, state.sizes
-        layouts = tuple(
-            sequence_layout(
-                program,
-                s,
-                state.registry,
-                sizes_of(s, sizes),
-                outside=frozenset(n for n, _ in s.gradients).__contains__,
-            )
-            for s in program.sequences
-            if s.name == "prologue" or s.name == main_sequence(state)
-        )
-        memory = rank_memory(program, layouts, state)
-        plan = BufferPlan(layouts, (memory,))
+        plan = plan_memory(state, both=self.check)
+        machine = state.machine
+        for rank in plan.ranks if len(plan.ranks) > 1 else ():
+            note("planned", f"pipeline rank {rank.rank}", _line(rank))
         note("planned", "memory", memory_table(plan).replace("\n", "; "))
-        allow = state.job.allow_oversize or not self.check
-        if state.machine is not None and plan.peak.peak > state.machine.memory_bytes:
-            table = memory_table(plan)
-            limit = show_bytes(state.machine.memory_bytes)
-            if not allow:
+        limit = machine.memory_bytes if machine else 0
+        if plan.with_headroom:
+            most = max(plan.with_headroom, key=lambda r: r.peak)
+            short = f", more than the {show_bytes(limit)} there are" if machine and most.peak > limit else ""
+            note(
+                "planned", "memory with headroom",
+                f"with buffers for {state.job.expert_headroom:g} times the balanced load of experts, pipeline rank "
+                f"{most.rank} needs {show_bytes(most.peak)}{short}",
+            )  # fmt: skip
+        if machine is not None and plan.peak.peak > limit:
+            if not state.job.allow_oversize and self.check:
                 raise InputError(
-                    f"this job needs {show_bytes(plan.peak.peak)} on a rank of {state.machine.name}, "
-                    f"which has {limit}:\n{table}\nUse a larger --mesh, a smaller --micro-batch or --seq, "
-                    "or --allow-oversize to plan it all the same."
+                    f"this job needs {show_bytes(plan.peak.peak)} on a rank of {machine.name}, which has "
+                    f"{show_bytes(limit)}:\n{rank_table(plan)}\nUse a larger --mesh, a smaller --micro-batch or "
+                    "--seq, or --allow-oversize to plan it all the same."
                 )
-            note("oversize", "memory", f"{show_bytes(plan.peak.peak)} are needed, {limit} are there")
+            note("oversize", "memory", f"{show_bytes(plan.peak.peak)} are needed, {show_bytes(limit)} are there")
         return state.but(buffers=plan)
+
+
+def plan_memory(state: State, both: bool = True) -> BufferPlan:
+    """The layout of everything and each rank's bytes; with `both` also those with headroom for uneven experts."""
+    program, sizes = state.program, state.sizes
+    if stage_count(program) and state.schedule is not None:
+        balanced = divided(state)
+        headroom = state.job.expert_headroom if state.job else 1.0
+        more = divided(state, headroom).ranks if both and capacity(program, sizes) else ()
+        layouts = (*balanced.prologues, *(c.slots for c in balanced.stages))
+        return BufferPlan(layouts, balanced.ranks, more, balanced.stages, balanced.arenas)
+    layouts = tuple(
+        sequence_layout(
+            program,
+            s,
+            state.registry,
+            sizes_of(s, sizes),
+            outside=frozenset(n for n, _ in s.gradients).__contains__,
+        )
+        for s in program.sequences
+        if s.name == "prologue" or s.name == main_sequence(state)
+    )
+    return BufferPlan(layouts, (rank_memory(program, layouts, state),))
 
 
 def main_sequence(state: State) -> str:
@@ -95,5 +119,15 @@ def _cache_bytes(program: Program, state: State) -> int:
 def memory_table(plan: BufferPlan) -> str:
     """What the fullest rank holds, one line per kind."""
     rank = plan.peak
-    kinds = ("weights", "gradients", "optimizer", "activations", "communication")
-    return "\n".join(f"{kind}: {show_bytes(getattr(rank, kind))}" for kind in kinds)
+    return "\n".join(f"{kind}: {show_bytes(getattr(rank, kind))}" for kind in KINDS)
+
+
+def rank_table(plan: BufferPlan) -> str:
+    """What the fullest rank holds, or if there are several pipeline ranks, what each of them does."""
+    if len(plan.ranks) == 1:
+        return memory_table(plan)
+    return "\n".join(f"pipeline rank {r.rank}: {_line(r)}" for r in plan.ranks)
+
+
+def _line(rank: RankMemory) -> str:
+    return f"{show_bytes(rank.peak)}: " + ", ".join(f"{kind} {show_bytes(getattr(rank, kind))}" for kind in KINDS)

@@ -22,7 +22,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "errors files lazy discover dims ir",
         "op rows target schedule schedules tensors job",
         "text verify build",
-        "ops interp rewrite capacity state arena notes plan plandiff layout stages selection "
+        "ops interp rewrite capacity state arena chunks notes plan plandiff layout stages selection "
         "segments costs interleave comm",
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",

@@ -1,0 +1,177 @@
+"""Where the activations of many micro-batches lie on one pipeline rank: blocks for each, placed by the schedule.
+
+A chunk is one stage's work on one micro-batch. What forward makes for backward lies in a block that is held from its
+F to the action that makes its weight gradients. What B makes for W lies in one block for each layer. An action that
+does B and W at once does them layer by layer, so the layers' blocks may be the same memory; where W is deferred, each
+layer has its own until then. With room for all of this in one block, every chunk would take as much as the few whose
+W is deferred. The blocks lie in one arena, placed by the cells of the rank's row of the schedule in which they are
+held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from dsv3c.arena import GraphLayout, SequenceLayout, Slot, lifetimes, place
+from dsv3c.ir import Phase, Program, Sequence, Type
+from dsv3c.op import Registry
+from dsv3c.schedule import Schedule
+from dsv3c.stages import COTANGENT
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """The memory of one chunk. Offsets in `slots.slots` run through all blocks: the first of `held` bytes, then those
+    of `late`, one for each layer. What the stage is sent, and its tokens, have slots too.
+
+    `workspace`: bytes inside graphs, for each phase; all chunks of a rank share them.
+    """
+
+    slots: SequenceLayout
+    held: int
+    late: tuple[int, ...]
+    workspace: Mapping[Phase, int]
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The size of every block, in the order of their offsets."""
+        return (self.held, *self.late)
+
+
+def weight_gradients_apart(sequence: Sequence) -> bool:
+    """Whether all of B comes before any W, so that W may be done later."""
+    phases = [y.phase for y in sequence.layers if y.phase is not Phase.F]
+    return phases == sorted(phases, key=tuple(Phase).index)
+
+
+def chunk_layout(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
+                 outside: Callable[[str], bool], lasting: Callable[[str], bool],
+                 known: dict[tuple[str, frozenset[str]], GraphLayout] | None = None) -> ChunkLayout:  # fmt: skip
+    """Lay out one chunk of a stage.
+
+    `outside(name)`: the value has storage of its own (gradients written where they are summed). `lasting(name)`: the
+    input is the same for all chunks (weights, what a prologue makes, weights of losses). `known` as in `lifetimes`.
+    """
+    live = lifetimes(program, sequence, registry, sizes, known)
+    roots, start, end, types = live.roots, dict(live.start), dict(live.end), dict(live.types)
+    phases = [y.phase for y in sequence.layers]
+    backward = phases.count(Phase.F)
+    for name, given in _input_types(program, sequence).items():
+        if not lasting(name):
+            start[name] = backward if name.startswith(COTANGENT) else 0
+            types[name] = given
+            end.setdefault(name, start[name])
+    for name in sequence.results:
+        root, last = roots[name], len(phases) if name.startswith(COTANGENT) else max(backward - 1, 0)
+        end[root] = max(end.get(root, last), last)
+    for name, _weight in sequence.gradients:
+        if not outside(name):  # an overlapped schedule may compute a weight gradient before the rest of backward
+            start[roots[name]], end[roots[name]] = min(start[roots[name]], backward), len(phases)
+    readers: dict[str, set[Phase]] = {}
+    for y in sequence.layers:
+        for name in y.inputs:
+            readers.setdefault(roots[name], set()).add(y.phase)
+    apart = weight_gradients_apart(sequence)
+    late: dict[str, list[str]] = {}
+    for r, i in live.start.items():
+        if apart and phases[i] is Phase.B and Phase.W in readers.get(r, ()) and r not in sequence.results:
+            late.setdefault(sequence.layers[i].name, []).append(r)
+    held = [r for r in start if r in types and not outside(r) and not any(r in rs for rs in late.values())]
+    placed: list[Slot] = []
+    sizes_of_blocks: list[int] = []
+    for block in (held, *late.values()):
+        slots, size = place([(r, types[r].bytes(sizes), start[r], end[r]) for r in block])
+        placed += (replace(s, offset=sum(sizes_of_blocks) + s.offset) for s in slots)
+        sizes_of_blocks.append(size)
+    workspace = dict.fromkeys(Phase, 0)
+    for y in sequence.layers:
+        workspace[y.phase] = max(workspace[y.phase], live.graphs[y.graph].peak)
+    layout = SequenceLayout(sequence.name, roots, tuple(placed), sum(sizes_of_blocks), sum(workspace.values()),
+                            live.graphs)  # fmt: skip
+    return ChunkLayout(layout, sizes_of_blocks[0], tuple(sizes_of_blocks[1:]), workspace)
+
+
+def _input_types(program: Program, sequence: Sequence) -> dict[str, Type]:
+    """Types of what a sequence is given; a stage without layers hands on what others made."""
+    wanted = dict.fromkeys(sequence.inputs)
+    found: dict[str, Type] = {}
+    for other in (sequence, *program.sequences):
+        if len(found) == len(wanted):
+            break
+        for y in other.layers:
+            graph = program.graph(y.graph)
+            for v, name in (*zip(graph.inputs, y.inputs, strict=True), *zip(graph.results, y.outputs, strict=True)):
+                if name in wanted:
+                    found.setdefault(name, v.type)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlace:
+    """Where a chunk's blocks begin in the arena of its rank: that of forward, and those of its layers for W."""
+
+    held: int
+    late: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RankArena:
+    """The arena of one pipeline rank: its bytes, and for each (stage, micro-batch) where the chunk lies.
+
+    `ahead`: how many cells before its F a chunk has its memory, so that what it is sent can arrive meanwhile.
+    """
+
+    bytes: int
+    places: Mapping[tuple[int, int], ChunkPlace]
+    ahead: int
+
+
+def rank_arena(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout]) -> RankArena:
+    """Place the chunks of every micro-batch that a pipeline rank works on; `chunks` is by stage.
+
+    Chunks have their memory a cell early if that costs no room.
+    """
+    early, in_time = (_placed(schedule, rank, chunks, ahead) for ahead in (1, 0))
+    return early if early.bytes <= in_time.bytes else in_time
+
+
+def _placed(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout], ahead: int) -> RankArena:
+    begun: dict[tuple[int, int], int] = {}
+    turned: dict[tuple[int, int], tuple[int, str]] = {}
+    wanted: list[tuple[int, int, int]] = []
+    found: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+    for index, cell in enumerate(schedule.rows[rank]):
+        for a in cell:
+            key, chunk = (a.stage, a.micro_batch), chunks[a.stage]
+            if a.kind == "F":
+                begun[key] = max(0, index - ahead)
+            if a.kind in "IB":
+                turned[key] = index, a.kind
+            if a.kind in "WB":
+                first = len(wanted)
+                wanted.append((chunk.held, begun[key], index))
+                since, kind = turned[key]
+                together = kind == "B" and chunk.late
+                late = (max(chunk.late),) if together else chunk.late
+                wanted += ((size, since, index) for size in late)
+                found[key] = first, (first + 1,) * len(chunk.late) if together else tuple(
+                    range(first + 1, len(wanted)))  # fmt: skip
+    offsets, peak = _packed(wanted)
+    places = {k: ChunkPlace(offsets[h], tuple(offsets[i] for i in late)) for k, (h, late) in found.items()}
+    return RankArena(peak, places, ahead)
+
+
+def _packed(wanted: list[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets for blocks given as (bytes, start, end), and the peak: the best of three orders of placing them."""
+    orders = (
+        sorted(range(len(wanted)), key=lambda i: (-wanted[i][0], wanted[i][1], i)),
+        sorted(range(len(wanted)), key=lambda i: (wanted[i][1], -wanted[i][0], i)),
+        sorted(range(len(wanted)), key=lambda i: (-wanted[i][2], wanted[i][1], i)),
+    )
+    tried = []
+    for order in orders:
+        slots, peak = place([("", *wanted[i]) for i in order], by_size=False)
+        tried.append((peak, {i: slot.offset for i, slot in zip(order, slots, strict=True)}))
+    peak, offsets = min(tried, key=lambda t: t[0])
+    return [offsets[i] for i in range(len(wanted))], peak

@@ -1,0 +1,102 @@
+"""Bytes that each pipeline rank needs when the model is divided among many ranks; all its data ranks need as many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
+from dsv3c.capacity import capacity
+from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
+from dsv3c.ir import DType, Phase, Program, Type
+from dsv3c.job import LANE
+from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
+from dsv3c.rewrite import crosses_ranks
+from dsv3c.schedule import Schedule
+from dsv3c.stages import COTANGENT, PROLOGUE, bound_directly, prologue_of, sent, stage_count, stage_name
+from dsv3c.state import State
+
+RECEIVING = 2
+"""Messages that may be under way at once on each channel between two stages."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """What a divided program needs. `stages`: a chunk of each stage; per pipeline rank its arena, its bytes by kind,
+    and the layout of its prologue."""
+
+    stages: tuple[ChunkLayout, ...]
+    arenas: tuple[RankArena, ...]
+    ranks: tuple[RankMemory, ...]
+    prologues: tuple[SequenceLayout, ...]
+
+
+def divided(state: State, headroom: float = 1.0) -> Division:
+    """The memory of a program that `partition` divided, with buffers for `headroom` times the balanced expert load."""
+    program, schedule, job = state.program, state.schedule, state.job
+    assert schedule is not None and job is not None
+    sizes = {**state.sizes, **capacity(program, state.sizes, headroom)}
+    known: dict[tuple[str, frozenset[str]], GraphLayout] = {}
+    lasting = {w.name for w in program.weights}
+    if program.has_sequence(PROLOGUE):
+        lasting.update(program.sequence(PROLOGUE).results)
+    stages = []
+    for i in range(stage_count(program)):
+        sequence = program.sequence(stage_name(i))
+        fixed = lasting | {f"{COTANGENT}{loss}" for loss in sequence.losses}
+        outside = frozenset(name for name, _ in sequence.gradients)
+        stages.append(chunk_layout(program, sequence, state.registry, sizes, outside.__contains__,
+                                   fixed.__contains__, known))  # fmt: skip
+    groups = flat_groups(program, schedule.holders, job.mesh)
+    arenas, ranks, prologues = [], [], []
+    for rank in range(schedule.ranks):
+        held = schedule.held(rank)
+        arenas.append(rank_arena(schedule, rank, {s: stages[s] for s in held}))
+        spaces = sum(max(stages[s].workspace[phase] for s in held) for phase in Phase)
+        first = prologue_of(program, held)
+        prologue = sequence_layout(program, first, state.registry, sizes) if first else None
+        prologues += [prologue] if prologue else []
+        gradients, optimizer = _trained(groups, rank, state)
+        ranks.append(RankMemory(
+            rank, _whole(program, held) + (prologue.bytes if prologue else 0), gradients, optimizer,
+            arenas[-1].bytes + spaces, _exchanged(program, held, sizes) + _between(program, held, schedule, sizes),
+        ))  # fmt: skip
+    return Division(tuple(stages), tuple(arenas), tuple(ranks), tuple(prologues))
+
+
+def _whole(program: Program, stages: tuple[int, ...]) -> int:
+    """Whole copies of the weights that layers read themselves; the others exist in the prologue's forms only."""
+    return sum(program.weight(name).type.bytes() for name in bound_directly(program, stages))
+
+
+def _trained(groups: tuple[FlatGroup, ...], rank: int, state: State) -> tuple[int, int]:
+    """Bytes of whole gradients, and of one rank's shard of masters and moments."""
+    assert state.job is not None
+    wide = 8 if state.job.dtype is DType.f64 else 4
+    moment = 8 if state.job.dtype is DType.f64 else 2
+    mine = [g for g in groups if rank in g.holders]
+    gradients = sum(g.rows * LANE * wide for g in mine)
+    return gradients, sum(optimizer_bytes(g, state.job.mesh, wide + 2 * moment) for g in mine)
+
+
+def _exchanged(program: Program, stages: tuple[int, ...], sizes: dict[str, int]) -> int:
+    """Room to send and to receive the rows of the largest exchange of experts, packed; one is under way at a time."""
+    most = 0
+    used = dict.fromkeys(y.graph for s in stages for y in program.sequence(stage_name(s)).layers)
+    for node in (n for name in used for n in program.graph(name).nodes if crosses_ranks(n)):
+        rows = node.inputs[:1] if node.op == "combine" else node.outputs[:3]
+        most = max(most, sum(v.type.bytes(sizes) for v in rows))
+    return 2 * most
+
+
+def _between(program: Program, stages: tuple[int, ...], schedule: Schedule, sizes: dict[str, int]) -> int:
+    """Room for what arrives from other pipeline ranks while the rank is still at work on something else."""
+    types: dict[str, Type] = {}
+    for sequence in program.sequences:
+        for y in sequence.layers:
+            types.update(zip(y.outputs, (v.type for v in program.graph(y.graph).results), strict=True))
+    total = 0
+    for s in stages:
+        for neighbour, direction in ((s - 1, 0), (s + 1, 1)):
+            if 0 <= neighbour < schedule.stages:
+                total += RECEIVING * sum(types[name].bytes(sizes) for name in sent(program, neighbour)[direction])
+    return total
