@@ -16,17 +16,17 @@ from rank_process import both, divided, gradient, own, process
 from dsv3c.errors import Dsv3cError
 from dsv3c.job import Mesh, Recipe
 from dsv3c.models import MODELS
-from dsv3c.models.checkpoint import mtp_copies
 from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Plan, load_plan
 from dsv3c.runtime import checkpoint_files
 from dsv3c.runtime.epilogue import Epilogue
 from dsv3c.runtime.executor import Engine
-from dsv3c.runtime.hf_write import save_hf
+from dsv3c.runtime.export import write_hf_together
 from dsv3c.runtime.peers import GroupPeers
 from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.state import load_state, save_state
+from dsv3c.runtime.tokenizer import load_tokenizer
 from dsv3c.runtime.world import World
 from dsv3c.targets import find
 
@@ -97,19 +97,11 @@ def whole_weights(world: World, out: Path) -> None:
         weights.add_ranks(squares)
         told[f"{name} squares"] = squares.item()
         epilogue.update(RECIPE.lr, 1, squares)
-        routers = [n for n in weights.tensors if n.endswith("e_score_correction_bias")]
-        loads = weights.sum_loads({n: torch.arange(8.0) * (world.rank + 1) for n in routers})
-        told[f"{name} loads"] = {n: t.tolist() for n, t in loads.items()}
-        for router, load in loads.items():
-            epilogue.update_bias(router, load)
+        for router in (n for n in weights.tensors if n.endswith("e_score_correction_bias")):
+            epilogue.update_bias(router, torch.arange(8.0))
         save_state(out / name, 2, weights.state(), {"seed": SEED}, peers=peers)
-        weights.gather()
-        sources: dict[str, list[str]] = {}
-        for copy, source in mtp_copies(config).items():
-            sources.setdefault(source, []).append(copy)
-        mine = [(n, t) for hf, t in weights.hf_tensors(parts) for n in (hf, *sources.get(hf, ()))]
-        told[f"{name} written"] = [n for n, _ in mine]
-        save_hf(out / name / "hf", config, mine, peers=peers, max_shard_bytes=40_000)
+        write_hf_together(out / name / "hf", config, weights, parts, load_tokenizer("bytes"), peers)
+        told[f"{name} written"] = sum(1 for _ in weights.hf_tensors(parts))
         again = made(world, name, out)
         again.load_hf(out / name / "hf", parts, peers)
         save_state(out / f"{name}-hf", 1, again.state(), {}, peers=peers)

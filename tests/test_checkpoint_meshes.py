@@ -28,6 +28,7 @@ from dsv3c.runtime.executor import Engine
 from dsv3c.runtime.export import export, write_hf
 from dsv3c.runtime.identity import differences, moved, run_facts
 from dsv3c.runtime.state import SavedState, load_info, load_state, save_state
+from dsv3c.runtime.tokenizer import load_tokenizer
 from dsv3c.runtime.weights import Weights
 from dsv3c.targets import find
 
@@ -101,8 +102,7 @@ def expected(plan: Plan, name: str | None) -> Weights:
     epilogue = Epilogue(Engine.of(plan, find("cpu"), REGISTRY), weights, RECIPE)
     epilogue.update(RECIPE.lr, 1, epilogue.squares())
     for router in (n for n in weights.tensors if n.endswith("e_score_correction_bias")):
-        ranks = holders(router, mesh, name == "1f1b")
-        epilogue.update_bias(router, torch.arange(8.0) * sum(rank + 1 for rank in ranks))
+        epilogue.update_bias(router, torch.arange(8.0))
     return weights
 
 
@@ -136,14 +136,6 @@ def test_the_norm_is_that_of_all_gradients(mesh: str, plan: Plan, out: Path, tol
     total = sum(float(g.double().square().sum()) for g in expected(plan, mesh).gradients().values())
     assert [rank[f"{mesh} squares"] for rank in told] == [pytest.approx(total, rel=1e-5)] * 4
     assert len({rank[f"{mesh} squares"] for rank in told}) == 1
-
-
-def test_loads_are_summed_over_the_ranks_that_hold_the_layer(told: list[dict[str, Any]]) -> None:
-    for mesh, total in (("dualpipe", 10), ("experts", 10), ("1f1b", 7)):
-        for rank, words in enumerate(told):
-            loads = words[f"{mesh} loads"]
-            assert len(loads) == (0 if mesh == "1f1b" and rank < 2 else 2)
-            assert all(load == [i * total for i in range(8)] for load in loads.values())
 
 
 @pytest.mark.parametrize("mesh", MESHES)
@@ -237,13 +229,14 @@ def read_hf(folder: Path) -> dict[str, torch.Tensor]:
 def test_the_export_from_shards_is_that_of_one_rank(mesh: str, plan: Plan, out: Path, tmp_path: Path,
                                                     told: list[dict[str, Any]]) -> None:  # fmt: skip
     config = load_config(out / mesh / "hf")
-    write_hf(tmp_path, config, loaded(plan, out / mesh / STEP).tensors, None)
+    write_hf(tmp_path, config, loaded(plan, out / mesh / STEP).tensors, load_tokenizer("bytes"))
     theirs, ours = read_hf(out / mesh / "hf"), read_hf(tmp_path)
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[n], t) for n, t in ours.items())
-    for name in ("config.json", "generation_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (out / mesh / "hf" / name).read_bytes() == (tmp_path / name).read_bytes()
-    written = [len(rank[f"{mesh} written"]) for rank in told]
-    assert sum(written) == len(ours) and min(written) > 0
+    written = [rank[f"{mesh} written"] for rank in told]
+    assert sum(written) == len(ours) - 2 and min(written) > 0  # an MTP module repeats embedding and head
+    assert len(list((out / mesh / "hf").glob("*.safetensors"))) == 4
     assert not list(out.glob(f"{mesh}/.*"))
 
 

@@ -11,10 +11,12 @@ import torch
 
 from dsv3c.errors import InputError, WorkError, did_you_mean
 from dsv3c.files import reason
-from dsv3c.models.checkpoint import ROUTER_BIAS, hf_tensors, weight_shapes
+from dsv3c.models.checkpoint import ROUTER_BIAS, hf_tensors, mtp_copies, weight_shapes
 from dsv3c.models.config import ModelConfig
 from dsv3c.plan import load_plan
 from dsv3c.runtime.hf import checkpoint_config, load_hf, read_entries, save_hf
+from dsv3c.runtime.peers import Peers, together
+from dsv3c.runtime.rank_weights import Parts, RankWeights
 from dsv3c.runtime.state import FOLDER, SavedState, latest_state
 from dsv3c.runtime.tokenizer import Tokenizer, load_tokenizer
 from dsv3c.runtime.weights import BIAS, MASTER
@@ -55,12 +57,40 @@ def write_hf(
 
     Raises WorkError if that fails.
     """
-    if tokenizer is not None and tokenizer.eos not in (config.eos_token_id, *_several(config.eos_token_id)):
-        config = dataclasses.replace(config, eos_token_id=tokenizer.eos, bos_token_id=None)
-    folder = save_hf(out, config, hf_tensors(config, weights))
+    folder = save_hf(out, _ending(config, tokenizer), hf_tensors(config, weights))
     if tokenizer is not None:
         tokenizer.save(folder)
     return folder
+
+
+def write_hf_together(
+    out: str | Path, config: ModelConfig, weights: RankWeights, parts: Parts, tokenizer: Tokenizer | None, peers: Peers
+) -> Path:
+    """As `write_hf`, by all ranks that hold the weights: each writes what falls to it, none gathers the whole model.
+
+    The whole buffers of `weights` are used: gradients are lost. Raises WorkError if it fails, on every rank the same.
+    """
+    weights.gather()
+    copies: dict[str, list[str]] = {}
+    for copy, source in mtp_copies(config).items():
+        copies.setdefault(source, []).append(copy)
+    mine = ((name, t) for hf_name, t in weights.hf_tensors(parts) for name in (hf_name, *copies.get(hf_name, ())))
+    folder = save_hf(out, _ending(config, tokenizer), mine, peers=peers)
+
+    def save() -> str:
+        if tokenizer is not None and peers.rank == 0:
+            tokenizer.save(folder)
+        return ""
+
+    together(peers, save)
+    return folder
+
+
+def _ending(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The config with the end of document that the tokenizer has."""
+    if tokenizer is None or tokenizer.eos in (config.eos_token_id, *_several(config.eos_token_id)):
+        return config
+    return dataclasses.replace(config, eos_token_id=tokenizer.eos, bos_token_id=None)
 
 
 def _several(ids: int | tuple[int, ...] | None) -> tuple[int, ...]:

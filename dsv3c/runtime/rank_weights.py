@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class RankWeights:
     gathered before the prologue; then gradients are added up in it, and reduced into the shard. So a step is:
 
         gather, prologue on `gathered()`, copy_bound, zero_gradients, micro-batches into `gradients()`, reduce,
-        Epilogue.squares, add_ranks, Epilogue.update, sum_loads, Epilogue.update_bias
+        Epilogue.squares, add_ranks, Epilogue.update, Epilogue.update_bias with loads of all ranks
 
     `holders_of` gives the pipeline ranks that hold a stage. Experts have the types of one rank's. All ranks make this
     together, since process groups are made.
@@ -81,14 +81,10 @@ class RankWeights:
         held = _holders(program, holders_of)
         self._biases = {w.name: held[w.name] for w in program.weights if w.name in held and w.group == STATE}
         self._all = world.group(tuple(range(world.size)))
-        self._load_groups: dict[tuple[int, ...], Members] = {}
         stages = [k for k in range(max(1, stage_count(program))) if world.pp_index in holders_of(k)]
         for name in _bound(program, stages):
             kind = program.weight(name).type
             self.tensors[name] = torch.zeros(kind.bound({}), dtype=torch_dtype(kind.dtype), device=self.device)
-        for holders in dict.fromkeys(h for n, h in self._biases.items() if world.pp_index in h):
-            ranks = tuple(sorted(world.rank_at(p, d) for p in holders for d in range(self.mesh.dp)))
-            self._load_groups[holders] = world.group(ranks)
 
     def _allocate(self, layout: FlatGroup) -> None:
         members = self.world.group(ranks_of(layout, self.mesh, self.world.rank))
@@ -138,21 +134,6 @@ class RankWeights:
         every = torch.empty(self.world.size, dtype=squares.dtype, device=squares.device)
         gather_shards(every, squares.view(1), self._all)
         squares.copy_(every.double().sum())
-
-    def sum_loads(self, loads: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Tokens per expert [E] of each router held here, by the bias's name, summed over all ranks that hold it.
-
-        `loads`: those of this rank's micro-batches; a router that served none may be left out.
-        """
-        summed: dict[str, torch.Tensor] = {}
-        for holders, members in self._load_groups.items():
-            names = [n for n, h in self._biases.items() if h == holders]
-            rows = [loads[n].double() if n in loads else torch.zeros_like(self.tensors[n]).double() for n in names]
-            own = torch.stack(rows)
-            every = torch.empty(members.size, *own.shape, dtype=own.dtype, device=own.device)
-            gather_shards(every, own, members)
-            summed |= dict(zip(names, every.sum(0).to(torch_dtype(self.wide)), strict=True))
-        return summed
 
     def start_optimizer(self) -> None:
         """Allocate the moments, zero: BF16 (report, section 3.3.3), float64 in a float64 program."""
