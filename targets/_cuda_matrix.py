@@ -59,7 +59,7 @@ def linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumula
     picked = products.pick("linear_wgrad", inputs, accumulate)
     a, b = (t if t.dtype == dw.dtype or viewable(t) else t.contiguous() for t in (dy, x))
     if picked.generated and viewable(dy, x) and fits_tma(dw):
-        rows = matrix(dy).shape[0]
+        rows = -(-matrix(dy).shape[0] // 64) * 64  # whole stages of a kernel; what lies past the end reads as zero
         (left, turn_a), (right, turn_b) = turned(0, matrix(dy)), turned(1, matrix(x))
         offsets = torch.tensor((0, rows), dtype=torch.int32, device=dw.device)
         run = picked.gemm(columns(left, right, offsets, dw))
