@@ -117,13 +117,15 @@ def generated(kernel: str) -> bool:
 
 def peer(kind: str, steps: int) -> dict[str, Any]:
     """Seconds of forward and backward of one micro-batch of transformers' model in bfloat16."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    import transformers
 
     before = empty_context()
     torch.set_default_dtype(torch.bfloat16)
-    config: Any = DeepseekV3Config(**{**PRESETS[MODEL].to_hf_dict(), "pad_token_id": None})
+    settings: dict[str, Any] = {**PRESETS[MODEL].to_hf_dict(), "pad_token_id": None}
+    config: Any = transformers.DeepseekV3Config(**settings)
+    kind_of: Any = transformers.DeepseekV3ForCausalLM
     with torch.device("cuda"):
-        model: Any = DeepseekV3ForCausalLM(config).train()
+        model = kind_of(config).train()
     torch.set_default_dtype(torch.float32)
     tokens = torch.randint(0, config.vocab_size, (MICRO, SEQ), generator=torch.Generator().manual_seed(0)).cuda()
     run: Callable[..., Any] = torch.compile(model) if kind == "compiled" else model
