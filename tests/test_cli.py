@@ -134,7 +134,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("generate p --prompt a --top-p 1.5", "--top-p 1.5: must be above 0 and at most 1"),
         ("train p --data d --out o --steps 3 --seed -1", "--seed"),
         ("export d --format onyx -o o", "--format onyx: no such choice; known: hf"),
-        ("list things", "no such choice; known: models, ops, passes, targets"),
+        ("list things", "no such choice; known: models, ops, passes, schedules, targets"),
         ("inspect none.plan", "none.plan: no such file; give the path of a plan, as dsv3c compile writes it"),
         ("opt none.ir -p cut", "none.ir: no such file; give the path of a program's text"),
         ("verify d --length 1", "--length 1: the loss needs at least 2 tokens"),

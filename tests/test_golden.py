@@ -12,6 +12,7 @@
     def block(x: f32[B, 4]):
         ...
     # --- notes
+    # --- schedule                (if a pass made one: a row per rank, its makespan if F, I and W of a stage take 1)
     # --- after
 
 `pytest --update-golden` rewrites everything from the first `# ---` on.
@@ -35,6 +36,8 @@ from dsv3c import pipeline
 from dsv3c.ir import Program
 from dsv3c.ops import REGISTRY
 from dsv3c.passes import PASSES
+from dsv3c.schedule import Schedule, parse_csv, show_csv
+from dsv3c.schedules import equal_stages, simulate, verify
 from dsv3c.text import parse_program, show_program
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,7 +87,9 @@ class Case:
     def made(self, outcome: pipeline.Outcome) -> str:
         """The text that stands from the first `# ---` on."""
         notes = "".join(str(n).replace("\n", "; ") + "\n" for n in outcome.notes)
-        return f"# --- notes\n{notes}# --- after\n{show_program(outcome.state.program)}"
+        schedule = outcome.state.schedule
+        planned = "" if schedule is None else shown_schedule(schedule)
+        return f"# --- notes\n{notes}{planned}# --- after\n{show_program(outcome.state.program)}"
 
     def draw(self) -> Draw:
         """How inputs are drawn for the proof."""
@@ -95,6 +100,14 @@ class Case:
             pipeline.parse_sizes(self.headers.get("below", "")),
             {str(k.arg): ast.literal_eval(k.value) for k in values.keywords},
         )
+
+
+def shown_schedule(schedule: Schedule) -> str:
+    """A schedule with its makespan, once it is proven: it can run, and its text means the same."""
+    verify(schedule)
+    assert parse_csv(show_csv(schedule), schedule.kind) == schedule
+    makespan = simulate(schedule, equal_stages(schedule.stages)).makespan
+    return f"# --- schedule {schedule.kind}, makespan {makespan:g}\n{show_csv(schedule)}"
 
 
 def name_of(path: Path) -> str:

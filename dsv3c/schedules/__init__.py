@@ -76,7 +76,11 @@ def choose(ranks: int, micro_batches: int, durations: Callable[[int], Durations]
     saying of each kind why not if none is left.
     """
     kinds = (k.name for k in KINDS.values() if k.auto)
-    return weigh(kinds, lambda kind: generate(kind, ranks, micro_batches), durations, footprint, memory_limit)
+
+    def make(kind: str) -> Schedule | str:
+        return refusal(kind, ranks, micro_batches) or generate(kind, ranks, micro_batches)
+
+    return weigh(kinds, make, durations, footprint, memory_limit)
 
 
 for _kind in defined_in(__name__, Kind):

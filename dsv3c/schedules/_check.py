@@ -99,8 +99,8 @@ def _places(schedule: Schedule) -> _Places:
     """Where everything is, once every cell is well formed, on its rank, and everything is there once."""
     stages, count = schedule.stages, schedule.micro_batches
     if count < 1 or count % len(schedule.routes):
-        shown = ", ".join(map(str, range(len(schedule.routes))))
-        raise InputError(f"{schedule.kind}: {count} micro-batches cannot be divided equally among the routes {shown}")
+        parts = len(schedule.routes)
+        raise InputError(f"{schedule.kind}: {count} micro-batches cannot be divided equally among {parts} directions")
     if len(schedule.rows) != schedule.ranks:
         raise InputError(f"{schedule.kind}: {len(schedule.rows)} rows for {schedule.ranks} ranks; write one for each")
     places: _Places = {}
