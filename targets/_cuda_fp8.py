@@ -13,7 +13,7 @@ from dsv3c.lazy import lazy
 from dsv3c.ops.quantize import TILE, spread
 from dsv3c.target import Implementation
 from dsv3c.targets._cuda_launch import Call, in_turn, launch, scratch
-from dsv3c.targets._cuda_matrix import columns, fits_tma, zero_tail
+from dsv3c.targets._cuda_matrix import fits_tma, zero_tail
 from dsv3c.targets._cuda_products import Picked, Products, Values
 from dsv3c.targets._cuda_text import QUANTIZE_BLOCK, QUANTIZE_ROWS, TRANSPOSE
 from dsv3c.targets._products import FALLBACK
@@ -115,10 +115,12 @@ def _columns(picked: Picked, dy: torch.Tensor, dys: torch.Tensor, x: torch.Tenso
              offsets: torch.Tensor, dw: torch.Tensor) -> Call:  # fmt: skip
     """dy · x transposed over the columns of each expert."""
     (sa, turn_a), (sb, turn_b) = _tiles_first(10, dys), _tiles_first(11, xs)
-    scales: Values = {
+    values: Values = {
+        "a_desc": dy, "b_desc": x, "c_desc": dw, "offsets": offsets, "experts": offsets.shape[0] - 1,
+        "M": dy.shape[0], "N": x.shape[0], "K": dy.shape[1],
         "a_scale": sa, "b_scale": sb, "a_scale_stride": sa.stride(0), "b_scale_stride": sb.stride(0),
     }  # fmt: skip
-    return in_turn(turn_a, turn_b, picked.gemm(columns(dy, x, offsets, dw) | scales))
+    return in_turn(turn_a, turn_b, picked.gemm(values))
 
 
 def grouped_linear_fp8(products: Products, inputs: Tensors, outputs: Tensors) -> Call:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 from dsv3c.lazy import lazy
 from dsv3c.target import Implementation
 from dsv3c.targets import _torch_matrix
-from dsv3c.targets._cuda_launch import Call, in_turn, launch, scratch, words
+from dsv3c.targets._cuda_launch import Call, in_turn, launch, words
 from dsv3c.targets._cuda_products import Products, Values
-from dsv3c.targets._cuda_text import TRANSPOSE, ZERO_TAIL
+from dsv3c.targets._cuda_text import ZERO_TAIL
+from dsv3c.targets._products import STAGE
 from dsv3c.targets._torch_matrix import absorb_query, absorb_value, matrix, viewable
 
 if TYPE_CHECKING:
@@ -38,32 +39,26 @@ def linear_dgrad(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
 
 
 def _dense(products: Products, op: str, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> Call | None:
-    """By the generated kernel if that was chosen and the tensors lie as it needs them. It reads weights along the axis
-    that is summed over; for input gradients that is made first."""
+    """By the generated kernel if that was chosen and the tensors lie as it needs them."""
     picked = products.pick(op, (x, w))
     if not picked.generated or not viewable(x):
         return None
     a, out = matrix(x), y.view(-1, y.shape[-1])
-    turn: Call | None = None
-    if op == "linear_dgrad":
-        w, turn = turned(2, w)
     if not fits_tma(a, w, out):
         return None
     values: Values = {"a_desc": a, "b_desc": w, "c_desc": out, "M": a.shape[0], "N": out.shape[1], "K": a.shape[1]}
-    run = picked.gemm(values)
-    return run if turn is None else in_turn(turn, run)
+    return picked.gemm(values)
 
 
 def linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
     (dy, x), (dw,) = inputs, outputs
     picked = products.pick("linear_wgrad", inputs, accumulate)
     a, b = (t if t.dtype == dw.dtype or viewable(t) else t.contiguous() for t in (dy, x))
-    if picked.generated and viewable(dy, x) and fits_tma(dw):
-        rows = -(-matrix(dy).shape[0] // 64) * 64  # whole stages of a kernel; what lies past the end reads as zero
-        (left, turn_a), (right, turn_b) = turned(0, matrix(dy)), turned(1, matrix(x))
-        offsets = torch.tensor((0, rows), dtype=torch.int32, device=dw.device)
-        run = picked.gemm(columns(left, right, offsets, dw))
-        return in_turn(turn_a, turn_b, run)
+    if picked.generated and viewable(dy, x) and fits_tma(matrix(dy), matrix(x), dw):
+        left, right = matrix(dy), matrix(x)
+        whole = -(-left.shape[0] // STAGE) * STAGE  # what lies past the last row reads as zero
+        offsets = torch.tensor((0, whole), dtype=torch.int32, device=dw.device)
+        return picked.gemm(_sums(left, right, offsets, dw))
 
     def multiply() -> None:
         left, right = matrix(a).t(), matrix(b)
@@ -77,11 +72,11 @@ def linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumula
     return multiply
 
 
-def columns(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor, dw: torch.Tensor) -> Values:
-    """Arguments of a kernel that sums a[n, rows] · b[k, rows] transposed over the rows of each group."""
+def _sums(dy: torch.Tensor, x: torch.Tensor, offsets: torch.Tensor, dw: torch.Tensor) -> Values:
+    """Arguments of a kernel that sums dy[rows, n] transposed · x[rows, k] over the rows of each group."""
     return {
-        "a_desc": a, "b_desc": b, "c_desc": dw, "offsets": offsets, "experts": offsets.shape[0] - 1, "M": a.shape[0],
-        "N": b.shape[0], "K": a.shape[1],
+        "a_desc": dy, "b_desc": x, "c_desc": dw, "offsets": offsets, "experts": offsets.shape[0] - 1,
+        "M": dy.shape[1], "N": x.shape[1], "K": dy.shape[0],
     }  # fmt: skip
 
 
@@ -107,18 +102,25 @@ def grouped_linear(products: Products, inputs: Tensors, outputs: Tensors) -> Cal
     picked = products.pick("grouped_linear", inputs)
     if not picked.generated:
         return _by_torch(x, w.transpose(1, 2), offsets, y)
-    values: Values = {
-        "a_desc": x, "b_desc": w, "c_desc": y, "offsets": offsets, "experts": w.shape[0], "M": x.shape[0],
-        "N": w.shape[1], "K": w.shape[2],
-    }  # fmt: skip
-    return in_turn(picked.gemm(values), zero_tail(y, offsets))
+    return in_turn(picked.gemm(_by_rows(x, w, offsets, y)), zero_tail(y, offsets))
 
 
 def grouped_linear_dgrad(products: Products, inputs: Tensors, outputs: Tensors) -> Call:
     (dy, w, offsets), (dx,) = inputs, outputs
     if dy.dtype != torch.bfloat16 or not fits_tma(dy, w, dx):
         return _each_expert(dy, w, offsets, dx)
-    return _by_torch(dy, w, offsets, dx)
+    picked = products.pick("grouped_linear_dgrad", inputs)
+    if not picked.generated:
+        return _by_torch(dy, w, offsets, dx)
+    return in_turn(picked.gemm(_by_rows(dy, w, offsets, dx)), zero_tail(dx, offsets))
+
+
+def _by_rows(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor) -> Values:
+    """Arguments of a kernel that multiplies the rows x[R, k] of each expert by its matrix, into y[R, n]."""
+    return {
+        "a_desc": x, "b_desc": w, "c_desc": y, "offsets": offsets, "experts": w.shape[0], "M": x.shape[0],
+        "N": y.shape[1], "K": x.shape[1],
+    }  # fmt: skip
 
 
 def _by_torch(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor) -> Call:
@@ -146,25 +148,13 @@ def _each_expert(x: torch.Tensor, w: torch.Tensor, offsets: torch.Tensor, y: tor
     return run
 
 
-def turned(slot: int, x: torch.Tensor) -> tuple[torch.Tensor, Call]:
-    """x[R, n] transposed into scratch [n, R], and the call that does it. Its rows step by a multiple of 16 bytes."""
-    rows, cols = x.shape
-    stride = -(-rows // 64) * 64
-    room = scratch(slot, (cols, stride), x.dtype, x.device)
-    values = {"x": x, "y": room, "rows": rows, "cols": cols, "step": x.stride(0),
-              "stride": stride}  # fmt: skip
-    grid = (-(-cols // 128), -(-rows // 128), 1)
-    return room[:, :rows], launch(TRANSPOSE, "transpose", grid, values, warps=8, TILE=128)
-
-
 def grouped_linear_wgrad(products: Products, inputs: Tensors, outputs: Tensors, accumulate: bool = False) -> Call:
     (dy, x, offsets), (dw,) = inputs, outputs
     picked = products.pick("grouped_linear_wgrad", inputs, accumulate)
-    if dy.dtype != torch.bfloat16 or not fits_tma(dw) or not picked.generated:
+    if dy.dtype != torch.bfloat16 or not fits_tma(dy, x, dw) or not picked.generated:
         clear: Call = (lambda: None) if accumulate else functools.partial(_zero, dw)
         return in_turn(clear, _add_each_expert(dy, x, offsets, dw))
-    (a, turn_a), (b, turn_b) = turned(0, dy), turned(1, x)
-    return in_turn(turn_a, turn_b, picked.gemm(columns(a, b, offsets, dw)))
+    return picked.gemm(_sums(dy, x, offsets, dw))
 
 
 def _zero(x: torch.Tensor) -> None:

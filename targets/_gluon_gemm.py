@@ -16,6 +16,8 @@ Kind = Literal["dense", "grouped_rows", "grouped_k"]
 Element = Literal["e4m3", "bf16"]
 Output = Literal["bf16", "f32", "accumulate_f32"]
 Pair = Literal["", "a", "b"]
+Order = Literal["kk", "kn", "mn"]
+"""Along which axis A and B are contiguous."""
 
 SHARED_LIMIT = 227 * 1024
 SCALE_BLOCK = 128
@@ -24,8 +26,9 @@ SCALE_BLOCK = 128
 
 @dataclass(frozen=True, slots=True)
 class GemmSpec:
-    """One kernel: C[M, N] = A[M, K] · B[N, K] transposed, both operands contiguous along K.
+    """One kernel: C[M, N] = A[M, K] · B[N, K] transposed.
 
+    `order`: both operands contiguous along K, or in bf16 as `kn` B[K, N], as `mn` A[K, M] and B[K, N] instead.
     `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e] of B[experts, N, K]; offsets are
     multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] = A[:, offsets[e]:
     offsets[e+1]] · B[:, same] transposed, or with `accumulate_f32` C[e] +=; offsets are multiples of 128, an empty
@@ -46,6 +49,7 @@ class GemmSpec:
     output: Output = "bf16"
     raster: int = 8
     pair: Pair = ""
+    order: Order = "kk"
     epilogue: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -57,6 +61,10 @@ class GemmSpec:
             raise InputError("column scales need tiles of at most 128 columns")
         if self.bm == 192 and self.pair == "a":
             raise InputError("a tile of 192 rows cannot be halved; pair on b")
+        if self.order != "kk" and (self.scaled or self.bn > 128 or self.bm == 192):
+            raise InputError("operands that are not contiguous along K need bf16 and tiles of at most 128 columns")
+        if self.pair and self._pieces(self.pair) != 1:
+            raise InputError(f"what a pair shares must come in one copy; pair on {'b' if self.pair == 'a' else 'a'}")
         if self.shared_bytes > SHARED_LIMIT:
             raise InputError(
                 f"{self.stages} stages need {self.shared_bytes} bytes of shared memory, over {SHARED_LIMIT}"
@@ -99,7 +107,26 @@ class GemmSpec:
 
     @property
     def name(self) -> str:
-        return f"gemm_{self.kind}_{self.dtype}_{self.bm}x{self.bn}x{self.stages}{self.pair}"
+        order = "" if self.order == "kk" else f"_{self.order}"
+        return f"gemm_{self.kind}_{self.dtype}{order}_{self.bm}x{self.bn}x{self.stages}{self.pair}"
+
+    def along_k(self, operand: str) -> bool:
+        """Whether operand a or b is contiguous along K."""
+        return self.order[operand == "b"] == "k"
+
+    def block(self, operand: str) -> tuple[int, int]:
+        """Rows and columns of one copy of operand a or b as it lies in memory."""
+        half = 1 + (self.pair == operand)
+        rows = self.a_rows if operand == "a" else self.bn // half
+        return (rows, self.block_k) if self.along_k(operand) else (self.block_k, rows)
+
+    @property
+    def copies(self) -> int:
+        """Copies that fill one stage, scales apart; one brings at most 128 bytes of each row."""
+        return (3 if self.bm == 192 else self._pieces("a")) + self._pieces("b")
+
+    def _pieces(self, operand: str) -> int:
+        return -(-self.block(operand)[1] // self.block_k)
 
     @property
     def scaled(self) -> bool:
@@ -128,8 +155,8 @@ def arguments(spec: GemmSpec) -> tuple[tuple[str, str | Descriptor], ...]:
     """Kernel arguments in order: name and Triton type, or the descriptor's block."""
     element = "fp8e4nv" if spec.scaled else "bf16"
     found: list[tuple[str, str | Descriptor]] = [
-        ("a_desc", Descriptor((spec.a_rows, spec.block_k), element)),
-        ("b_desc", Descriptor((spec.bn // (1 + (spec.pair == "b")), spec.block_k), element)),
+        ("a_desc", Descriptor(spec.block("a"), element)),
+        ("b_desc", Descriptor(spec.block("b"), element)),
     ]
     found.append(("c_desc", Descriptor((64, spec.staged_columns), "bf16" if spec.output == "bf16" else "fp32")))
     if spec.scaled:
@@ -199,18 +226,20 @@ def _parameters(spec: GemmSpec, names: tuple[str, ...]) -> list[str]:
 
 
 def _producer(spec: GemmSpec, parameters: list[str]) -> list[str]:
-    rows = {"a": "row", "b": "b_row"}
+    rows = {"a": "row", "b": "b_row" if spec.along_k("b") else "column"}
     half = {"a": spec.bm // 2, "b": spec.bn // 2}
+    first_k = {"a": "k", "b": "expert * K + k" if spec.kind == "grouped_rows" else "k"}
     loads: list[str] = []
     views: list[str] = []
     # The shared operand is fetched first: the first copy is the one that reaches both blocks of the pair.
     for name in sorted(rows, key=lambda n: n != spec.pair):
         row, slot = rows[name], f"{name}_ring.index(stage)"
         if name == spec.pair:
-            shape = f"[2 * STAGES, {half[name]}, BLOCK_K]"
+            shape = f"[2 * STAGES, {', '.join(map(str, spec.block(name)))}]"
             views.append(f"halves = {name}_ring._reinterpret({name}_desc.dtype, {shape}, {name}_desc.layout)")
             row, slot = f"{row} + rank * {half[name]}", "halves.index(2 * stage + rank)"
-        copy = f"    tma.async_copy_global_to_shared({name}_desc, [{row}, k], full.index(stage), {slot})"
+        at = f"{row}, k" if spec.along_k(name) else f"{first_k[name]}, {row}"
+        copy = f"    tma.async_copy_global_to_shared({name}_desc, [{at}], full.index(stage), {slot})"
         if name == "a" and spec.bm == 192:
             views.append("parts = a_ring._reinterpret(a_desc.dtype, [3 * STAGES, 64, BLOCK_K], a_desc.layout)")
             loads += [copy.replace("[row", f"[row + {64 * i}").replace(slot, f"parts.index(3 * stage + {i})")
@@ -249,9 +278,12 @@ def _mainloop(spec: GemmSpec) -> list[str]:
     rows, columns, chunks = spec.bm // spec.consumers // 64, spec.bn // spec.chunk, _chunks(spec)
 
     def operands(i: int, j: int) -> str:
-        a = f"a_tile.slice(WORKER * {64 * rows} + {64 * i}, 64)" if spec.bm != 192 else "a_tile"
+        start = f"WORKER * {64 * rows} + {64 * i}"
+        a = f"a_tile.slice({start}, 64)" if spec.bm != 192 else "a_tile"
+        if not spec.along_k("a"):
+            a = f"a_tile.slice({start}, 64, dim=1).permute((1, 0))"
         b = "b_tile" if columns == 1 else f"b_tile.slice({spec.chunk * j}, {spec.chunk})"
-        return f"{a}, {b}.permute((1, 0))"
+        return f"{a}, {b}.permute((1, 0))" if spec.along_k("b") else f"{a}, {b}"
 
     lines = [f"acc_{i}_{j} = gl.zeros((64, {spec.chunk}), dtype=gl.float32, layout=ACC)" for i, j in chunks]
     before, shadow = _scales(spec, rows, columns)
@@ -386,12 +418,14 @@ def source(spec: GemmSpec) -> str:
     produce = _parameters(spec, (*copied, *ring))
     consume = _parameters(spec, ("c_desc", "staging", *scales, *ring))
     names = [name for name, _ in arguments(spec)]
-    a_ring = "3 * STAGES, 64" if spec.bm == 192 else f"STAGES, {spec.bm}"
+    whole_a = (spec.bm, "BLOCK_K") if spec.along_k("a") else ("BLOCK_K", spec.bm)
+    whole_b = (spec.bn, "BLOCK_K") if spec.along_k("b") else ("BLOCK_K", spec.bn)
+    a_ring = "3 * STAGES, 64, BLOCK_K" if spec.bm == 192 else f"STAGES, {whole_a[0]}, {whole_a[1]}"
     element = "bfloat16" if spec.output == "bf16" else "float32"
     staging = f"[{spec.consumers}, 64, {spec.staged_columns}]"
     shared = [
-        f"a_ring = gl.allocate_shared_memory(a_desc.dtype, [{a_ring}, BLOCK_K], a_desc.layout)",
-        f"b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, {spec.bn}, BLOCK_K], b_desc.layout)",
+        f"a_ring = gl.allocate_shared_memory(a_desc.dtype, [{a_ring}], a_desc.layout)",
+        f"b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES, {whole_b[0]}, {whole_b[1]}], b_desc.layout)",
         "full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
         "empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
     ]

@@ -70,6 +70,7 @@ def gemm_kernel(spec: GemmSpec, kernels: str) -> Kernel:
         ("output", spec.output),
         ("raster", spec.raster),
         ("pair", spec.pair),
+        ("order", spec.order),
     ]
     if kernels == "binary":
         made = gemm_binary(spec)
@@ -93,7 +94,7 @@ def spec_of_kernel(kernel: Kernel) -> GemmSpec:
     """The spec that a kernel of a plan was made for."""
     facts = dict(kernel.launch)
     numbers = {name: int(facts[name]) for name in ("bm", "bn", "stages", "raster")}
-    words = {name: str(facts[name]) for name in ("kind", "dtype", "output", "pair")}
+    words = {name: str(facts[name]) for name in ("kind", "dtype", "output", "pair", "order")}
     return GemmSpec(**words, **numbers)  # type: ignore[arg-type]
 
 

@@ -98,7 +98,7 @@ def build(spec: GemmSpec, folder: Path, text: str | None = None) -> Binary:
     if spec.output == "accumulate_f32":
         ptx = adding(ptx)
     if spec.pair:
-        ptx = paired(ptx, copies=4 if spec.bm == 192 else 2, arrivals=2 * spec.consumers)
+        ptx = paired(ptx, spec.copies, arrivals=2 * spec.consumers)
     cubin = compiled.asm["cubin"] if ptx is compiled.asm["ptx"] else assemble(ptx)
     return Binary(cubin, meta.name, meta.shared, 32 * meta.num_warps, 2 if spec.pair else 1)
 

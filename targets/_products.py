@@ -7,7 +7,7 @@ from math import prod
 
 from dsv3c.errors import InputError
 from dsv3c.target import Product
-from dsv3c.targets._gluon_gemm import GemmSpec, Kind, Pair
+from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Order, Output, Pair
 
 Tile = tuple[int, int, int, Pair]
 """Rows, columns, stages, which operand a pair of blocks shares."""
@@ -46,20 +46,32 @@ LIBRARIES = {
 }
 """What torch calls for each op: `mm`, `_grouped_mm`, `_scaled_mm` with block scales."""
 
-TILES: dict[tuple[Kind, str], tuple[Tile, ...]] = {
-    ("dense", "e4m3"): (
+ORDERS: dict[str, Order] = {
+    "linear_dgrad": "kn",
+    "linear_wgrad": "mn",
+    "grouped_linear_dgrad": "kn",
+    "grouped_linear_wgrad": "mn",
+}
+"""How operands of each op lie, where not both along the axis that is summed over."""
+
+TILES: dict[tuple[Kind, str, Order], tuple[Tile, ...]] = {
+    ("dense", "e4m3", "kk"): (
         (128, 256, 4, "b"), (128, 256, 4, "a"), (256, 128, 4, "b"), (256, 128, 4, "a"), (192, 128, 4, "b"),
         (192, 128, 4, ""), (128, 128, 5, "b"), (128, 64, 8, ""),
     ),
-    ("grouped_rows", "e4m3"): ((128, 256, 4, "a"), (256, 128, 4, "a"), (128, 128, 5, "a"), (128, 64, 5, "")),
-    ("grouped_k", "e4m3"): ((256, 128, 4, "a"), (256, 128, 4, "b"), (256, 128, 4, ""), (128, 128, 5, "b")),
-    ("dense", "bf16"): ((256, 128, 4, "a"), (128, 256, 4, "b"), (192, 128, 4, "b"), (128, 128, 5, "b")),
-    ("grouped_rows", "bf16"): ((256, 128, 4, "a"), (128, 256, 4, "a")),
-    ("grouped_k", "bf16"): ((256, 128, 4, "a"), (256, 128, 4, "b")),
+    ("grouped_rows", "e4m3", "kk"): ((128, 256, 4, "a"), (256, 128, 4, "a"), (128, 128, 5, "a"), (128, 64, 5, "")),
+    ("grouped_k", "e4m3", "kk"): ((256, 128, 4, "a"), (256, 128, 4, "b"), (256, 128, 4, ""), (128, 128, 5, "b")),
+    ("dense", "bf16", "kk"): ((256, 128, 4, "a"), (128, 256, 4, "b"), (192, 128, 4, "b"), (128, 128, 5, "b")),
+    ("dense", "bf16", "kn"): ((256, 128, 4, "a"), (256, 128, 4, ""), (128, 128, 5, "a")),
+    ("grouped_rows", "bf16", "kk"): ((256, 128, 4, "a"), (128, 256, 4, "a")),
+    ("grouped_rows", "bf16", "kn"): ((256, 128, 4, "a"), (128, 128, 5, "a")),
+    ("grouped_k", "bf16", "mn"): ((256, 128, 4, "b"), (256, 128, 4, ""), (128, 128, 5, "a")),
 }  # fmt: skip
 """Generated kernels that compete; of what is not measured the first serves."""
 
 SCALED_BLOCK = 128
+STAGE = 64
+"""Numbers along the summed axis in one stage of a bf16 kernel."""
 
 
 def product_of(op: str, types: Sequence[tuple[str, tuple[int, ...]]], adds: bool = False) -> Product | None:
@@ -106,8 +118,12 @@ def candidates(p: Product) -> tuple[str, ...]:
     if p.op in LIBRARIES and library_takes(p):
         found.append(LIBRARIES[p.op])
     if p.op in KINDS and generator_takes(p):
-        found += [tile_name(t) for t in TILES.get((KINDS[p.op], p.dtype), ())]
+        found += [tile_name(t) for t in _tiles(p)]
     return tuple(found) or (FALLBACK,)
+
+
+def _tiles(p: Product) -> tuple[Tile, ...]:
+    return TILES.get((KINDS[p.op], p.dtype, ORDERS.get(p.op, "kk")), ())
 
 
 def library_takes(p: Product) -> bool:
@@ -121,20 +137,20 @@ def library_takes(p: Product) -> bool:
 
 
 def generator_takes(p: Product) -> bool:
-    """Whether generated kernels take these sizes: rows of whole 16 numbers, and for gradients whole blocks of rows."""
-    if p.op == "grouped_linear_dgrad" or p.n % 16 or p.k % 16:
+    """Whether generated kernels take these sizes: rows of whole 16 numbers, for FP8 gradients whole blocks of rows, and
+    where a stage would reach into the next expert's weight whole stages."""
+    if p.n % 16 or p.k % 16 or (p.op == "grouped_linear_dgrad" and p.k % STAGE):
         return False
     return p.op != "linear_fp8_wgrad" or p.rows % SCALED_BLOCK == 0
 
 
 def spec_of(p: Product, implementation: str) -> GemmSpec:
     """The generated kernel of this name for the product. Raises InputError if there is none."""
-    kind = KINDS.get(p.op)
-    tile = next((t for t in TILES.get((kind, p.dtype), ()) if tile_name(t) == implementation), None) if kind else None
-    if kind is None or tile is None:
+    tile = next((t for t in (_tiles(p) if p.op in KINDS else ()) if tile_name(t) == implementation), None)
+    if tile is None:
         raise InputError(f"{p.op} of {p.dtype} has no implementation '{implementation}'; compile the plan again")
-    bm, bn, stages, pair = tile
-    if kind != "grouped_k":
-        return GemmSpec(kind, "e4m3" if p.dtype == "e4m3" else "bf16", bm, bn, stages, pair=pair)
-    output = "accumulate_f32" if p.adds else "f32"
-    return GemmSpec(kind, "e4m3" if p.dtype == "e4m3" else "bf16", bm, bn, stages, output, pair=pair)  # type: ignore[arg-type]
+    kind, (bm, bn, stages, pair) = KINDS[p.op], tile
+    dtype: Element = "e4m3" if p.dtype == "e4m3" else "bf16"
+    sums: Output = "accumulate_f32" if p.adds else "f32"
+    output: Output = sums if kind == "grouped_k" else "bf16"
+    return GemmSpec(kind, dtype, bm, bn, stages, output, pair=pair, order=ORDERS.get(p.op, "kk"))

@@ -23,7 +23,9 @@ TALL = GemmSpec("dense", "e4m3", 192, 128, 4, pair="b")
 ROWS = GemmSpec("grouped_rows", "e4m3", 256, 128, 4, pair="a")
 COLUMNS = GemmSpec("grouped_k", "e4m3", 256, 128, 4, "accumulate_f32", pair="b")
 BF16 = GemmSpec("dense", "bf16", 256, 128, 4, pair="a")
-SPECS = (DENSE, TALL, ROWS, COLUMNS, BF16)
+TURNED = GemmSpec("grouped_rows", "bf16", 256, 128, 4, pair="a", order="kn")
+SUMMED = GemmSpec("grouped_k", "bf16", 256, 128, 4, "f32", pair="b", order="mn")
+SPECS = (DENSE, TALL, ROWS, COLUMNS, BF16, TURNED, SUMMED)
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +78,13 @@ def test_arguments_follow_the_kind() -> None:
 def test_impossible_tiles_are_refused(bm: int, bn: int, stages: int) -> None:
     with pytest.raises(InputError, match=r"no kernel has tiles|shared memory"):
         GemmSpec("dense", "e4m3", bm, bn, stages)
+
+
+def test_only_bf16_operands_may_lie_otherwise() -> None:
+    with pytest.raises(InputError, match="not contiguous along K need bf16"):
+        GemmSpec("dense", "e4m3", 256, 128, 4, order="kn")
+    with pytest.raises(InputError, match="must come in one copy; pair on a"):
+        GemmSpec("dense", "bf16", 256, 128, 4, pair="b", order="kn")
 
 
 def test_unknown_ptx_is_refused() -> None:
@@ -212,3 +221,11 @@ def test_grouped_bf16(sizes: tuple[int, ...], binaries) -> None:  # type: ignore
     transposed = _given(a_desc=dy.t().contiguous(), b_desc=x.t().contiguous(), c_desc=dw)
     load(along_k, binaries(along_k)).bind(132, M=n, N=k, K=rows, **transposed, **given)()
     assert _error(dw, wanted) < 1e-3
+    as_they_lie = torch.full_like(dw, float("nan"))
+    values = _given(a_desc=dy, b_desc=x, c_desc=as_they_lie)
+    load(SUMMED, binaries(SUMMED)).bind(132, M=n, N=k, K=rows, **values, **given)()
+    products = torch.stack([dy[i:j].double().t() @ x[i:j].double() for i, j in pairs])
+    assert _error(as_they_lie, products) < 1e-3
+    dx = torch.full_like(x, float("nan"))
+    load(TURNED, binaries(TURNED)).bind(132, a_desc=dy, b_desc=w, c_desc=dx, M=rows, N=k, K=n, **given)()
+    assert _error(dx, torch.cat([dy[i:j].double() @ w[e].double() for e, (i, j) in enumerate(pairs)])) < 4e-3

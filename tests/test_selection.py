@@ -26,7 +26,7 @@ from dsv3c.targets._gluon_gemm import GemmSpec
 from dsv3c.targets._gluon_kernel import gemm_kernel, load_gemm, spec_of_kernel
 from dsv3c.targets._gluon_launch import Binary, Refused
 from dsv3c.targets._measured import Row, Table, read_table, show_table
-from dsv3c.targets._products import TILES, candidates, generated, product_of, spec_of
+from dsv3c.targets._products import KINDS, TILES, candidates, generated, product_of, spec_of
 from dsv3c.targets._select import choose
 
 SQUARE = Product("linear_fp8", "e4m3", 4096, 4096, 4096)
@@ -65,9 +65,8 @@ def test_what_is_no_product_has_none() -> None:
 
 
 def test_every_candidate_has_a_kernel_or_a_library() -> None:
-    for op, dtype in (("linear", "bf16"), ("linear_fp8", "e4m3"), ("linear_fp8_wgrad", "e4m3"),
-                      ("grouped_linear", "bf16"), ("grouped_linear_fp8", "e4m3"), ("linear_wgrad", "bf16"),
-                      ("grouped_linear_wgrad", "bf16"), ("grouped_linear_fp8_wgrad", "e4m3")):  # fmt: skip
+    for op in KINDS:
+        dtype = "e4m3" if "fp8" in op else "bf16"
         for adds in (False, True) if op.endswith("wgrad") else (False,):
             p = Product(op, dtype, 4096, 512, 1024, 4 if op.startswith("grouped") else 1, adds)
             specs = [spec_of(p, c) for c in candidates(p) if generated(c)]
