@@ -108,7 +108,7 @@ class Way:
 
 def draw(world: World, kind: str, dtype: torch.dtype) -> list[Tensors]:
     """(x, e, p) of every rank of the expert group."""
-    found = []
+    found: list[Tensors] = []
     for rank in range(world.mesh.ep):
         generator = torch.Generator().manual_seed(100 + rank)
         x = torch.randn(*TOKENS, COLS, generator=generator, dtype=torch.float64).to(dtype)
@@ -399,6 +399,7 @@ def agreement(world: World) -> None:
         ("b", "plan", "other" if last else "code", f"rank {world.size - 1} runs another version of dsv3c"),
     ):
         with pytest.raises(InputError, match=text):
+            assert world.store is not None
             _agree(PrefixStore(name, world.store), world.rank, world.size, plan, code)
 
 

@@ -193,10 +193,13 @@ def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_b
     def finish() -> None:
         part, room, pending = under_way.pop(0)
         pending.wait()
-        total = wide(room[0]).clone()
-        for i in range(1, group.size):
+        first = wide(room[0])
+        total = target[part] if target.dtype == first.dtype else torch.empty_like(first)
+        torch.add(first, wide(room[1]), out=total)
+        for i in range(2, group.size):
             total += room[i]
-        target[part] = total
+        if total.dtype != target.dtype:
+            target[part] = total
 
     for number, begin in enumerate(range(0, count, step)):
         part = slice(begin, min(begin + step, count))

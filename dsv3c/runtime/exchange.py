@@ -39,7 +39,7 @@ from dsv3c.errors import WorkError
 from dsv3c.ir import IRError, Node
 from dsv3c.ops.dispatch import source_order
 from dsv3c.runtime.collectives import Pending, gather
-from dsv3c.runtime.routes import AddUp, Hop, Room, add_up, hits
+from dsv3c.runtime.routes import AddUp, Hop, Room, add_up, hits, places
 from dsv3c.runtime.world import World
 from dsv3c.target import Implementation
 
@@ -290,9 +290,8 @@ class Dispatch:
         e = self._inputs[1].view(sent.tokens, -1)
         each = _experts(self._node) // exchange.ranks
         hit = self._hit = hits(e.div(each, rounding_mode="floor"), exchange.ranks)
-        self._lay(sent.routes[0], hit)
-        place = torch.where(hit, hit.cumsum(0, dtype=torch.int32) - 1, -1)
-        self._outputs[3].view(hit.shape).copy_(place)
+        place = self._lay(sent.routes[0], hit)
+        self._outputs[3].view(sent.tokens, exchange.ranks).copy_(place.t())
         self._tell(1)
 
     def __call__(self) -> None:
@@ -323,21 +322,27 @@ class Dispatch:
         for c in (*later, 0):
             exchange._dispatch(sent, inputs, self._outputs[:3], self._node, c, lay=True)
 
-    def _lay(self, route: tuple[Hop, ...], hit: torch.Tensor) -> None:
-        exchange = self._exchange
-        route[0].mark(hit.view(-1, exchange.nodes, exchange.local).any(2) if exchange.two_hop else hit)
+    def _lay(self, route: tuple[Hop, ...], hit: torch.Tensor) -> torch.Tensor:
+        """Routes of the first hop; gives places among what goes to each rank, as the handle has them."""
+        if not self._exchange.two_hop:
+            return route[0].mark(hit)
+        route[0].mark(self._by_node(hit))
+        return places(hit)
+
+    def _by_node(self, hit: torch.Tensor) -> torch.Tensor:
+        """[nodes, tokens]: whether a token goes to the node."""
+        return hit.view(self._exchange.nodes, self._exchange.local, -1).any(1)
 
     def _lay_rounds(self, hit: torch.Tensor, rounds: int) -> None:
         """Routes of every round, and the handle: places within the token's own round."""
         exchange, sent = self._exchange, self._sent
         with torch.inference_mode(False):
             sent.routes += [exchange._route(sent.tokens, sent.rows) for _ in range(rounds - 1)]
-        turn = torch.arange(sent.tokens, device=hit.device).unsqueeze(1) % rounds
-        handle = self._outputs[3].view(hit.shape).fill_(-1)
+        turn = torch.arange(sent.tokens, device=hit.device) % rounds
+        handle = self._outputs[3].view(sent.tokens, exchange.ranks).fill_(-1)
         for c, route in enumerate(sent.routes):
             mine = hit & (turn == c)
-            self._lay(route, mine)
-            handle.copy_(torch.where(mine, mine.cumsum(0, dtype=torch.int32) - 1, handle))
+            handle.copy_(torch.where(mine.t(), self._lay(route, mine).t(), handle))
 
     # ---- counts ----------------------------------------------------------------------------------------------------
 
@@ -348,13 +353,15 @@ class Dispatch:
         tokens, experts = self._sent.tokens, _experts(self._node)
         e = self._inputs[1].view(tokens, -1)
         turn = torch.arange(tokens, device=hit.device) % rounds
-        nodes = hit.view(tokens, exchange.nodes, exchange.local).any(2)
-        to = torch.zeros(rounds, exchange.ranks + exchange.nodes, dtype=torch.int32, device=hit.device)
-        to.index_add_(0, turn, torch.cat((hit, nodes), 1).int())
+        to = torch.cat((hit, self._by_node(hit)))
+        if rounds == 1:
+            sums = to.sum(1, dtype=torch.int32).unsqueeze(0)
+        else:
+            sums = torch.zeros(rounds, len(to), dtype=torch.int32, device=hit.device).index_add_(0, turn, to.t().int())
         chosen = torch.zeros(rounds * (experts + 1), dtype=torch.int32, device=hit.device)
         slot = turn.unsqueeze(1) * (experts + 1) + torch.where(e < 0, experts, e)
         chosen.scatter_add_(0, slot.flatten(), torch.ones_like(e, dtype=torch.int32).flatten())
-        counts = torch.cat((to, chosen.view(rounds, -1)[:, :experts]), 1)
+        counts = torch.cat((sums, chosen.view(rounds, -1)[:, :experts]), 1)
         self._told = counts.new_empty(exchange.ranks, *counts.shape)
         self._pending = gather(counts, self._told, exchange.world.experts)
         if hit.is_cuda:

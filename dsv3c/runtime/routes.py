@@ -32,10 +32,18 @@ def add_up(rows: torch.Tensor, index: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def hits(to: torch.Tensor, ranks: int) -> torch.Tensor:
-    """bool[tokens, ranks]: whether any of a token's destinations to[tokens, k] is the rank; others are none."""
+    """bool[ranks, tokens]: whether any of a token's destinations to[tokens, k] is the rank; others are none.
+
+    Tokens lie innermost: a GPU counts along them in parallel.
+    """
     outside = (to < 0) | (to >= ranks)
     marked = torch.zeros(to.shape[0], ranks + 1, dtype=torch.bool, device=to.device)
-    return marked.scatter_(1, to.masked_fill(outside, ranks).long(), True)[:, :ranks]
+    return marked.scatter_(1, to.masked_fill(outside, ranks).long(), True).t()[:ranks].contiguous()
+
+
+def places(hit: torch.Tensor) -> torch.Tensor:
+    """For hit[ranks, tokens], the place of each token among those of the rank; −1 where it is none."""
+    return torch.where(hit, hit.cumsum(1, dtype=torch.int32) - 1, -1)
 
 
 def words(t: torch.Tensor) -> torch.Tensor:
@@ -128,30 +136,34 @@ class Hop:
         return (self.source.numel() + self.back.numel()) * 4
 
     def mark(self, hit: torch.Tensor) -> torch.Tensor:
-        """Lay the routes for hit[rows, members]; gives each row's place among those sent to a member, −1 if none.
+        """Lay the routes for hit[members, rows]; gives each row's place among those sent to a member, −1 if none.
 
         If more than `most` are to be sent, what is beyond it is lost: the caller must find out and take fewer.
         """
-        rows, members = hit.shape
-        counted = hit.cumsum(0, dtype=torch.int32)
-        counts = counted[-1] if rows else counted.new_zeros(members)
-        place = torch.where(hit, counted - 1, -1)
-        position = place + (counts.cumsum(0, dtype=torch.int32) - counts)
-        row = torch.arange(rows, dtype=torch.int32, device=hit.device).unsqueeze(1).expand(rows, members)
-        target = torch.where(hit, position, self.most).clamp_(max=self.most)
+        members, rows = hit.shape
+        place = places(hit)
+        counts = hit.sum(1, keepdim=True, dtype=torch.int32)
+        position = torch.where(hit, place + (counts.cumsum(0, dtype=torch.int32) - counts), -1)
+        row = torch.arange(rows, dtype=torch.int32, device=hit.device).expand(members, rows)
+        target = position.masked_fill(~hit, self.most).clamp_(max=self.most)
         self.source.scatter_(0, target.flatten().long(), row.flatten())
-        back = torch.where(hit, position, -1).view(rows, self.nodes, members // self.nodes)
-        self.back[:, :rows].copy_(back.transpose(0, 1))
+        self.back[:, :rows].copy_(position.view(self.nodes, members // self.nodes, rows).transpose(1, 2))
         self.back[:, rows:].fill_(-1)
         return place
 
     def go(self, rows: Sequence[torch.Tensor], staged: Sequence[torch.Tensor], arrived: Sequence[torch.Tensor]) -> None:
         """Send the rows of each tensor; those that arrive lie first in each of `arrived`, by source in `order`."""
-        count = self.sent
-        for t, s in zip(rows, staged, strict=True):
-            torch.index_select(words(t), 0, self.source[:count], out=words(s)[:count])
+        me, count = self.group.index, self.sent
         sends = self._parts([s[:count] for s in staged], self.sends, range(self.group.size))
         receives = self._parts([a[: self.received] for a in arrived], self.receives, self.order)
+        first = sum(self.sends[:me])
+        last = first + self.sends[me]
+        for t, s, own in zip(rows, staged, receives[me], strict=True):
+            # What stays here goes straight to its place.
+            for begin, end, target in ((0, first, s[:first]), (first, last, own), (last, count, s[last:count])):
+                if end > begin:
+                    torch.index_select(words(t), 0, self.source[begin:end], out=words(target))
+        sends[me], receives[me] = [], []
         swap(self.group, sends, receives).wait()
 
     def come(self, rows: torch.Tensor, returned: torch.Tensor, out: torch.Tensor, partial: torch.Tensor | None,

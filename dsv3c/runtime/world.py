@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dsv3c.errors import InputError, WorkError
 from dsv3c.job import Mesh
-from dsv3c.runtime.collectives import CHANNELS, Channel, Group
+from dsv3c.runtime.collectives import CHANNELS, Channel, Group, swap
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -145,7 +145,7 @@ class World:
     def group(self, ranks: tuple[int, ...], kind: str = "reduce", ctas: int | None = None) -> Group:
         """The process group of `ranks` (ascending), of which this rank is one; one for each `kind`.
 
-        Every member must ask for its groups in the same order. On NCCL its communicator is made at once, so that no
+        Every member must ask for its groups in the same order. On NCCL all connections are made at once, so that no
         later transfer waits for that.
         """
         key = (kind, ranks)
@@ -167,9 +167,13 @@ class World:
         made = dist.new_group(
             ranks, timeout=silence, backend="nccl", pg_options=options, use_local_synchronization=True
         )
+        group = Group(ranks, index, made, ordered=True)
         dist.all_reduce(torch.zeros(1, device=self.device), group=made)
+        # The first message of a pair blocks the host until both sides have begun it: here they do.
+        sent, got = (torch.zeros(len(ranks), 1, device=self.device) for _ in range(2))
+        swap(group, [[t] for t in sent], [[t] for t in got]).wait()
         torch.cuda.synchronize(self.device)
-        return Group(ranks, index, made, ordered=True)
+        return group
 
     def barrier(self) -> None:
         """Wait until every rank is here. Raises WorkError if one is lost."""
