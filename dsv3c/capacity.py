@@ -13,6 +13,9 @@ from dsv3c.rewrite import crosses_ranks
 ROUNDED = 128
 """Capacities are multiples of this many rows, so that no tile of a product ends beyond them."""
 
+ALIGNED = 256
+"""Bytes to which a tensor on its way begins."""
+
 
 def capacity(program: Program, sizes: Mapping[str, int], headroom: float = 1.0) -> dict[str, int]:
     """The size of each symbol that counts rows received from other ranks (D) or rows sorted by expert (R).
@@ -51,6 +54,30 @@ def reach(program: Program, dispatch: Node) -> int:
             touched = max((g * size + size - 1) // each - g * size // each + 1 for g in range(groups))
             most = max(most, kept * touched)
     return min(k, ranks, most or ranks)
+
+
+def exchange_room(program: Program, sizes: Mapping[str, int], ranks: int, ranks_per_node: int) -> int:
+    """Bytes for rows on their way between `ranks`, beside the tensors of the plan; `sizes` with all capacities.
+
+    On each part of the way there is room for the rows of one exchange, the largest: those that are sent, and with two
+    hops also those at the rank in between and those that it passes on.
+    """
+    local = math.gcd(ranks, ranks_per_node)
+    parts: dict[str, int] = {}
+    for node in (n for g in program.graphs for n in g.nodes if crosses_ranks(n)):
+        carried = node.inputs if node.op == "dispatch" else node.inputs[:1]
+        here = (node.inputs if node.op == "combine" else node.outputs)[0].type.bound(sizes)[0]
+        handle = node.outputs[3] if node.op == "dispatch" else node.inputs[1]
+        tokens = bind(handle.type.elements, sizes) // ranks
+        if 1 < local < ranks:
+            crossing = min(tokens * (ranks // local), here)
+            rows = {"first": crossing, "middle": crossing, "second": here}
+        else:
+            rows = {"first": min(tokens * ranks, here)}
+        for part, count in rows.items():
+            each = (count * bind(v.type.shape[-1], sizes) * v.type.dtype.bits // 8 for v in carried)
+            parts[part] = max(parts.get(part, 0), sum(-(-n // ALIGNED) * ALIGNED for n in each))
+    return sum(parts.values())
 
 
 def _numbers(dispatch: Node, sizes: Mapping[str, int] | None) -> tuple[int, int, int, int]:

@@ -10,10 +10,11 @@ held.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from dsv3c.arena import GraphLayout, SequenceLayout, Slot, lifetimes, place
+from dsv3c.arena import ALIGNMENT, GraphLayout, SequenceLayout, Slot, lifetimes, place
 from dsv3c.ir import Phase, Program, Sequence, Type
 from dsv3c.op import Registry
 from dsv3c.schedule import Schedule
@@ -117,26 +118,17 @@ class ChunkPlace:
 
 @dataclass(frozen=True)
 class RankArena:
-    """The arena of one pipeline rank: its bytes, and for each (stage, micro-batch) where the chunk lies.
-
-    `ahead`: how many cells before its F a chunk has its memory, so that what it is sent can arrive meanwhile.
-    """
+    """The arena of one pipeline rank: its bytes, and for each (stage, micro-batch) where the chunk lies."""
 
     bytes: int
     places: Mapping[tuple[int, int], ChunkPlace]
-    ahead: int
 
 
 def rank_arena(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout]) -> RankArena:
     """Place the chunks of every micro-batch that a pipeline rank works on; `chunks` is by stage.
 
-    Chunks have their memory a cell early if that costs no room.
+    A chunk has its first block from its F on: what it is sent earlier must wait elsewhere.
     """
-    early, in_time = (_placed(schedule, rank, chunks, ahead) for ahead in (1, 0))
-    return early if early.bytes <= in_time.bytes else in_time
-
-
-def _placed(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout], ahead: int) -> RankArena:
     begun: dict[tuple[int, int], int] = {}
     turned: dict[tuple[int, int], tuple[int, str]] = {}
     wanted: list[tuple[int, int, int]] = []
@@ -145,7 +137,7 @@ def _placed(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout], ah
         for a in cell:
             key, chunk = (a.stage, a.micro_batch), chunks[a.stage]
             if a.kind == "F":
-                begun[key] = max(0, index - ahead)
+                begun[key] = index
             if a.kind in "IB":
                 turned[key] = index, a.kind
             if a.kind in "WB":
@@ -159,19 +151,35 @@ def _placed(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout], ah
                     range(first + 1, len(wanted)))  # fmt: skip
     offsets, peak = _packed(wanted)
     places = {k: ChunkPlace(offsets[h], tuple(offsets[i] for i in late)) for k, (h, late) in found.items()}
-    return RankArena(peak, places, ahead)
+    return RankArena(peak, places)
 
 
 def _packed(wanted: list[tuple[int, int, int]]) -> tuple[list[int], int]:
     """Offsets for blocks given as (bytes, start, end), and the peak: the best of three orders of placing them."""
     orders = (
-        sorted(range(len(wanted)), key=lambda i: (-wanted[i][0], wanted[i][1], i)),
-        sorted(range(len(wanted)), key=lambda i: (wanted[i][1], -wanted[i][0], i)),
-        sorted(range(len(wanted)), key=lambda i: (-wanted[i][2], wanted[i][1], i)),
+        lambda i: (wanted[i][1], -wanted[i][0], i),
+        lambda i: (-wanted[i][0], wanted[i][1], i),
+        lambda i: (-wanted[i][2], wanted[i][1], i),
     )
-    tried = []
-    for order in orders:
+    least = _most_at_once(wanted)
+    best: tuple[list[int], int] | None = None
+    for key in orders:
+        order = sorted(range(len(wanted)), key=key)
         slots, peak = place([("", *wanted[i]) for i in order], by_size=False)
-        tried.append((peak, {i: slot.offset for i, slot in zip(order, slots, strict=True)}))
-    peak, offsets = min(tried, key=lambda t: t[0])
-    return [offsets[i] for i in range(len(wanted))], peak
+        if best is None or peak < best[1]:
+            offsets = dict(zip(order, (s.offset for s in slots), strict=True))
+            best = [offsets[i] for i in range(len(wanted))], peak
+        if peak <= least:
+            break
+    assert best is not None
+    return best
+
+
+def _most_at_once(wanted: list[tuple[int, int, int]]) -> int:
+    """The most bytes that are held at the same time: no placing takes less."""
+    change: dict[int, int] = {}
+    for size, start, end in wanted:
+        size = -(-size // ALIGNMENT) * ALIGNMENT
+        change[start] = change.get(start, 0) + size
+        change[end + 1] = change.get(end + 1, 0) - size
+    return max(itertools.accumulate(n for _, n in sorted(change.items())), default=0)

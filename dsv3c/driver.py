@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,20 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dsv3c import pipeline
-from dsv3c.arena import BufferPlan
+from dsv3c.arena import BufferPlan, Slot
+from dsv3c.comm import to_json
 from dsv3c.errors import InputError, did_you_mean
-from dsv3c.ir import DType, Graph, Program
+from dsv3c.ir import DType, Graph, Program, Type
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
 from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
 from dsv3c.ops import REGISTRY
-from dsv3c.passes.plan_buffers import PlanBuffers, rank_memory
+from dsv3c.passes.plan_buffers import PlanBuffers, plan_memory, rank_memory
 from dsv3c.passes.recompute import Recompute
-from dsv3c.plan import MEMORY_KINDS, Memory, Parameters, Plan, StoredWeight, load_plan
+from dsv3c.plan import MEMORY_KINDS, Json, Memory, Parameters, Plan, StoredWeight, load_plan
+from dsv3c.schedule import show_csv
 from dsv3c.selection import select
+from dsv3c.stages import stage_count, stage_name
 from dsv3c.state import Note, Pass, PassReport, State, TakeNote
 from dsv3c.target import Kernel, Target
 from dsv3c.targets import find
+from dsv3c.targets.nccl import plan_communication
 
 if TYPE_CHECKING:
     from dsv3c.runtime.session import Session
@@ -30,6 +35,9 @@ if TYPE_CHECKING:
 PathLike = str | os.PathLike[str]
 
 TRAIN_PASSES = "eliminate,share,hoist,recompute,fuse,eliminate,cut,plan_buffers"
+RANKS_PASSES = (
+    "shard,eliminate,share,hoist,recompute,fuse,eliminate,cut{early=true},dualpipe,partition,overlap,plan_buffers"
+)
 SERVE_PASSES = "eliminate,share,hoist,fuse,eliminate,plan_buffers"
 
 
@@ -70,14 +78,17 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
         reports=outcome.reports, weights=_stored(outcome.state.program),
         memory=_memory(outcome.state.buffers, machine), kernels=tuple(sorted(made, key=lambda k: k.id)),
         missing_kernels=missing, buffers=_buffers(outcome.state.buffers), steps=outcome.steps,
-        choices=selection.choices, measured=selection.measured,
+        choices=selection.choices, measured=selection.measured, schedule=_schedule(outcome.state),
+        comm=_communication(outcome.state),
     )  # fmt: skip
 
 
 def default_passes(job: Job) -> str:
     """The pipeline of a job as text."""
     quantize = "quantize," if job.precision == "fp8" else ""
-    return f"differentiate,{quantize}{TRAIN_PASSES}" if job.kind == "train" else f"{quantize}{SERVE_PASSES}"
+    if job.kind != "train":
+        return f"{quantize}{SERVE_PASSES}"
+    return f"differentiate,{quantize}{TRAIN_PASSES if job.mesh.world == 1 else RANKS_PASSES}"
 
 
 def load(plan: Plan | PathLike, weights: PathLike | None = None, seed: int = 0) -> Session:
@@ -107,6 +118,10 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
     if chosen == "fp8" and DType.e4m3 not in dict(target.machine.matrix_flops):
         raise InputError(f"--precision fp8 needs FP8 tensor cores, which {target.name} lacks; take bf16, fp32 or fp64")
     axes = parse_mesh(mesh)
+    if axes.tp > 1 and kind == "train":
+        raise InputError(f"--mesh {mesh}: training has no tensor parallelism; leave out tp={axes.tp}")
+    if axes.world > 1 and kind != "train":
+        raise InputError(f"--mesh {mesh}: only training runs on several ranks; leave out --mesh for --job {kind}")
     length = min(4096, config.max_position_embeddings) if seq is None else seq
     batch = micro_batch * axes.dp if global_batch is None else global_batch
     for flag, value in (
@@ -149,21 +164,22 @@ def settle_price(one: Pass, state: State, rest: tuple[Pass, ...], note: TakeNote
     if not isinstance(one, Recompute) or one.price is not None or state.job is None or planned is None:
         return one
     limit = state.machine.memory_bytes if state.machine else 0
-    behind = [replace(p, check=False) if isinstance(p, PlanBuffers) else p for p in rest[: planned + 1]]
+    # What only orders nodes or says when things run does not change what must be kept, so it waits for the decision.
+    behind = [p for p in rest[:planned] if p.name not in ("dualpipe", "overlap")]
+    scheduled = _scheduled(one, state, rest[:planned])
     known: dict[tuple[Graph, ...], bool] = {}
 
     def fits(price: float) -> bool:
-        after = Recompute(price).run(state, _silent)
+        after = Recompute(price).run(scheduled, _silent)
         choice = after.program.graphs
         if choice not in known:
             for p in behind:
                 after = p.run(after, _silent)
-            assert after.buffers is not None
-            known[choice] = after.buffers.peak.peak <= limit
+            known[choice] = plan_memory(after, both=False).peak.peak <= limit
         return known[choice]
 
     there = f"the {limit / 2**30:.1f} GiB of {state.job.target}"
-    if rank_memory(state.program, (), state).peak <= limit:
+    if state.mesh.world > 1 or rank_memory(state.program, (), state).peak <= limit:
         if fits(0.0):
             note("priced", "memory", f"0 ms per GiB: everything fits {there}")
             return Recompute(0.0)
@@ -177,6 +193,17 @@ def settle_price(one: Pass, state: State, rest: tuple[Pass, ...], note: TakeNote
     price = OVERSIZE_PRICE if state.job.allow_oversize else HIGHEST_PRICE
     note("priced", "memory", f"{price:g} ms per GiB, since at no price the plan fits {there}")
     return Recompute(price)
+
+
+def _scheduled(one: Recompute, state: State, behind: tuple[Pass, ...]) -> State:
+    """The state with the schedule that the passes behind would make at the middle of all prices, if they make one."""
+    makers = [i for i, p in enumerate(behind) if p.name == "dualpipe"]
+    if not makers:
+        return state
+    after = Recompute((LOWEST_PRICE * HIGHEST_PRICE) ** 0.5).run(state, _silent)
+    for p in behind[: makers[0] + 1]:
+        after = p.run(after, _silent)
+    return state.but(schedule=after.schedule)
 
 
 def _silent(action: str, node: str, reason: str) -> None:
@@ -208,29 +235,65 @@ def _parameters(config: ModelConfig) -> Parameters:
 
 
 def _stored(program: Program) -> tuple[StoredWeight, ...]:
-    return tuple(StoredWeight(w.name, str(w.type.dtype), w.type.bound({})) for w in program.weights)
+    """The checkpoint's tensors: shapes are whole, `shard` says among how many ranks the leading axis divides."""
+    return tuple(
+        StoredWeight(w.name, str(w.type.dtype), Type(w.type.dtype, w.shape).bound({}),
+                     "whole" if w.parts == 1 else f"experts/{w.parts}")
+        for w in program.weights
+    )  # fmt: skip
+
+
+def _schedule(state: State) -> str:
+    return show_csv(state.schedule) if state.schedule else ""
+
+
+def _communication(state: State) -> dict[str, Json]:
+    """The contents of comm.json; empty for one rank."""
+    if state.schedule is None or state.job is None or state.machine is None or not stage_count(state.program):
+        return {}
+    made = plan_communication(state.program, state.registry, state.schedule, state.job, state.machine, state.overlap)
+    return to_json(made)
 
 
 def _memory(buffers: BufferPlan | None, target: Target) -> Memory:
     if buffers is None:
         return Memory(0, tuple((k, 0) for k in MEMORY_KINDS), (), target.machine.memory_bytes)
-    peak = buffers.peak
-    kinds = tuple((k, int(getattr(peak, k))) for k in MEMORY_KINDS)
-    return Memory(peak.peak, kinds, tuple(r.peak for r in buffers.ranks), target.machine.memory_bytes)
+    kinds = tuple((k, int(getattr(buffers.peak, k))) for k in MEMORY_KINDS)
+    return Memory(
+        buffers.peak.peak, kinds, tuple(r.peak for r in buffers.ranks), target.machine.memory_bytes,
+        max((r.peak for r in buffers.with_headroom), default=buffers.peak.peak),
+    )  # fmt: skip
 
 
-def _buffers(buffers: BufferPlan | None) -> dict[str, object]:
+def _buffers(buffers: BufferPlan | None) -> dict[str, Json]:
     if buffers is None:
         return {}
-    return {
-        s.sequence: {
-            "peak": s.peak,
-            "workspace": s.workspace,
-            "slots": [[x.name, x.offset, x.size, x.start, x.end] for x in s.slots],
-            "graphs": {n: [[x.name, x.offset, x.size, x.start, x.end] for x in g.slots] for n, g in s.graphs.items()},
-        }
-        for s in buffers.sequences
-    }
+    made: dict[str, Json] = {}
+    graphs: dict[str, Json] = {}
+    for s in buffers.sequences:
+        for name, layout in s.graphs.items():
+            graphs[name] = {"peak": layout.peak, "slots": _slots(layout.slots)}
+        made.setdefault(s.sequence, {"peak": s.peak, "workspace": s.workspace, "slots": _slots(s.slots)})
+    for stage, chunk in enumerate(buffers.stages):
+        entry = made[stage_name(stage)]
+        assert isinstance(entry, dict)
+        spaces: dict[str, Json] = {p.value: n for p, n in chunk.workspace.items()}
+        entry |= {"held": chunk.held, "late": list(chunk.late), "workspace": spaces}
+    made["graphs"] = graphs
+    made["ranks"] = [
+        {**{k: int(getattr(r, k)) for k in MEMORY_KINDS}, "peak_bytes": r.peak, "with_headroom_bytes": more}
+        for r, more in itertools.zip_longest(buffers.ranks, (h.peak for h in buffers.with_headroom))
+    ]
+    made["arenas"] = [
+        {"bytes": a.bytes,
+         "chunks": [[stage, micro_batch, place.held, *place.late] for (stage, micro_batch), place in a.places.items()]}
+        for a in buffers.arenas
+    ]  # fmt: skip
+    return made
+
+
+def _slots(slots: tuple[Slot, ...]) -> list[Json]:
+    return [[x.name, x.offset, x.size, x.start, x.end] for x in slots]
 
 
 def override_recipe(recipe: Recipe, **changes: float) -> Recipe:

@@ -48,15 +48,17 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on the largest rank at balanced load, those of each kind at that peak, and each rank's own peak.
+    """Bytes on the largest rank at balanced load, those of each kind at that peak, and each pipeline rank's own peak.
 
     `by_kind` has the kinds of MEMORY_KINDS in that order. `limit_bytes` is what the machine offers, 0 if unknown.
+    `with_headroom_bytes`: the largest rank with buffers for as uneven experts as `expert_headroom` says.
     """
 
     peak_bytes: int
     by_kind: tuple[tuple[str, int], ...]
     per_rank: tuple[int, ...]
     limit_bytes: int = 0
+    with_headroom_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -297,6 +299,7 @@ def _decode(members: Mapping[str, bytes]) -> Plan:
             tuple((kind, memory["by_kind"][kind]) for kind in MEMORY_KINDS),
             tuple(memory["per_rank"]),
             memory["limit_bytes"],
+            memory["with_headroom_bytes"],
         ),
         kernels=tuple(
             _kernel(name.removeprefix("kernels/").removesuffix(".json"), members)
@@ -366,6 +369,7 @@ def summary(plan: Plan) -> dict[str, Json]:
             "peak_bytes": memory.peak_bytes,
             "limit_bytes": memory.limit_bytes,
             "fits": memory.fits,
+            "with_headroom_bytes": memory.with_headroom_bytes,
             "by_kind": dict(memory.by_kind),
             "per_rank": list(memory.per_rank),
         },

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
-from dsv3c.capacity import capacity
+from dsv3c.capacity import capacity, exchange_room
 from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
 from dsv3c.ir import DType, Phase, Program, Type
 from dsv3c.job import LANE
 from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
-from dsv3c.rewrite import crosses_ranks
 from dsv3c.schedule import Schedule
 from dsv3c.stages import COTANGENT, PROLOGUE, bound_directly, prologue_of, sent, stage_count, stage_name
 from dsv3c.state import State
@@ -47,6 +46,7 @@ def divided(state: State, headroom: float = 1.0) -> Division:
         stages.append(chunk_layout(program, sequence, state.registry, sizes, outside.__contains__,
                                    fixed.__contains__, known))  # fmt: skip
     groups = flat_groups(program, schedule.holders, job.mesh)
+    room = exchange_room(program, sizes, job.mesh.ep, job.ranks_per_node)
     arenas, ranks, prologues = [], [], []
     for rank in range(schedule.ranks):
         held = schedule.held(rank)
@@ -54,11 +54,11 @@ def divided(state: State, headroom: float = 1.0) -> Division:
         spaces = sum(max(stages[s].workspace[phase] for s in held) for phase in Phase)
         first = prologue_of(program, held)
         prologue = sequence_layout(program, first, state.registry, sizes) if first else None
-        prologues += [prologue] if prologue else []
+        prologues += [replace(prologue, sequence=f"{PROLOGUE}.{rank}")] if prologue else []
         gradients, optimizer = _trained(groups, rank, state)
         ranks.append(RankMemory(
             rank, _whole(program, held) + (prologue.bytes if prologue else 0), gradients, optimizer,
-            arenas[-1].bytes + spaces, _exchanged(program, held, sizes) + _between(program, held, schedule, sizes),
+            arenas[-1].bytes + spaces, room + _between(program, held, schedule, sizes),
         ))  # fmt: skip
     return Division(tuple(stages), tuple(arenas), tuple(ranks), tuple(prologues))
 
@@ -76,16 +76,6 @@ def _trained(groups: tuple[FlatGroup, ...], rank: int, state: State) -> tuple[in
     mine = [g for g in groups if rank in g.holders]
     gradients = sum(g.rows * LANE * wide for g in mine)
     return gradients, sum(optimizer_bytes(g, state.job.mesh, wide + 2 * moment) for g in mine)
-
-
-def _exchanged(program: Program, stages: tuple[int, ...], sizes: dict[str, int]) -> int:
-    """Room to send and to receive the rows of the largest exchange of experts, packed; one is under way at a time."""
-    most = 0
-    used = dict.fromkeys(y.graph for s in stages for y in program.sequence(stage_name(s)).layers)
-    for node in (n for name in used for n in program.graph(name).nodes if crosses_ranks(n)):
-        rows = node.inputs[:1] if node.op == "combine" else node.outputs[:3]
-        most = max(most, sum(v.type.bytes(sizes) for v in rows))
-    return 2 * most
 
 
 def _between(program: Program, stages: tuple[int, ...], schedule: Schedule, sizes: dict[str, int]) -> int:

@@ -10,7 +10,7 @@ from dsv3c.build import Builder
 from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Type, Value
 from dsv3c.op import Registry
 from dsv3c.passes.differentiate import JOINT
-from dsv3c.rewrite import is_view
+from dsv3c.rewrite import is_view, place_of
 from dsv3c.state import Cut as CutRecord
 from dsv3c.state import Pass, State, TakeNote
 
@@ -22,9 +22,13 @@ class Cut(Pass):
     Each layer of a differentiated sequence becomes three: F in order, then B and W in reverse order, bound by what
     is saved from F to B, from F to W and from B to W. Each takes only the parameters it reads. The cotangent of a
     value e is called `d:e`. What a prologue computes is there anyway and does not count as saved.
+
+    `early`: what W makes of values that B would have to keep for it alone, and that are larger, is made in B instead:
+    gradients of norms. Less waits for a W that is done later.
     """
 
     name: ClassVar[str] = "cut"
+    early: bool = False
 
     def run(self, state: State, note: TakeNote) -> State:
         program = state.program
@@ -36,6 +40,8 @@ class Cut(Pass):
         pieces: dict[str, Pieces] = {}
         for g in joints:
             name = g.name.removesuffix(JOINT)
+            if self.early:
+                g = _with_early_gradients(g, state, note)
             pieces[name] = split(g, state.registry, hoisted.get(name, frozenset()))
         for name, piece in pieces.items():
             r = piece.record
@@ -52,6 +58,36 @@ class Cut(Pass):
             sequences.append(backward_sequence(s, program, pieces, sums, state.registry) if s.losses else s)
         program = program.but(graphs=(*graphs, *sums.values()), sequences=tuple(sequences))
         return state.but(program=program, cut=tuple(p.record for p in pieces.values()))
+
+
+def _with_early_gradients(joint: Graph, state: State, note: TakeNote) -> Graph:
+    """The graph with W nodes tagged B if they write less than what they alone would have B keep."""
+    sizes = state.sizes
+    nodes = list(joint.nodes)
+    made = {v.name: i for i, n in enumerate(nodes) for v in n.outputs}
+    results = {v.name for v in joint.results}
+
+    def size(v: Value) -> int:
+        return v.type.bytes(sizes)
+
+    for i, node in enumerate(nodes):
+        phases = {nodes[made[v.name]].phase for v in node.inputs if v.name in made}
+        if node.phase is not Phase.W or Phase.W in phases or not all(v.name in results for v in node.outputs):
+            continue
+        if not set(joint.symbols) <= sizes.keys():
+            note("kept", place_of(node), "sizes of symbols are unknown, so nothing is made early")
+            break
+        alone = [v for v in dict.fromkeys(node.inputs)
+                 if v.name in made and nodes[made[v.name]].phase is Phase.B and v.name not in results
+                 and all(u is joint.nodes[i] or nodes[made[u.outputs[0].name]].phase is not Phase.W
+                         for u in joint.users[v.name])]  # fmt: skip
+        kept, written = sum(map(size, alone)), sum(map(size, node.outputs))
+        if written < kept:
+            nodes[i] = replace(node, phase=Phase.B)
+            spared = ", ".join(v.name for v in alone)
+            where = f"{joint.name.removesuffix(JOINT)}.{place_of(node)}"
+            note("early", where, f"{node.outputs[0]} is made in B, which else would keep {spared}")
+    return joint.but(nodes=tuple(nodes))
 
 
 @dataclass(frozen=True, slots=True)

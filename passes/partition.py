@@ -44,7 +44,7 @@ class Partition(Pass):
             return state
         sequence = program.sequence(TRAIN)
         units = _units(program, sequence)
-        costs = [_cost(program, sequence, unit, state) for unit in units]
+        costs = _costs(program, sequence, units, state)
         chosen = balanced(costs, count)
         begin = 0
         stages: list[tuple[str, ...]] = []
@@ -112,16 +112,21 @@ def _weights_by_layer(program: Program, sequence: Sequence) -> dict[str, frozens
     return {name: frozenset(weights) for name, weights in found.items()}
 
 
-def _cost(program: Program, sequence: Sequence, unit: tuple[str, ...], state: State) -> float:
-    """Seconds that the layers of `unit` compute, forward and backward; without a machine, how many nodes they have."""
-    graphs = [y.graph for y in sequence.layers if y.name.removesuffix(".sum") in unit]
+def _costs(program: Program, sequence: Sequence, units: list[tuple[str, ...]], state: State) -> list[float]:
+    """Seconds that the layers of each unit compute, forward and backward; without a machine, how many nodes they
+    have."""
     times = Times.of(program, state.registry, state.sizes, state.machine) if state.machine else None
     known: dict[str, float] = {}
-    for name in graphs:
-        if name not in known:
-            nodes = [n for n in program.graph(name).nodes if not crosses_ranks(n)]
-            known[name] = sum(map(times.seconds, nodes)) if times else len(nodes)
-    return sum(known[name] for name in graphs)
+    unit_of = {name: i for i, unit in enumerate(units) for name in unit}
+    costs = [0.0] * len(units)
+    for y in sequence.layers:
+        if y.graph not in known:
+            nodes = [n for n in program.graph(y.graph).nodes if not crosses_ranks(n)]
+            known[y.graph] = sum(map(times.seconds, nodes)) if times else len(nodes)
+        unit = unit_of.get(y.name.removesuffix(".sum"))
+        if unit is not None:
+            costs[unit] += known[y.graph]
+    return costs
 
 
 def balanced(costs: list[float], count: int) -> list[int]:
