@@ -83,8 +83,8 @@ def test_impossible_tiles_are_refused(bm: int, bn: int, stages: int) -> None:
 def test_only_bf16_operands_may_lie_otherwise() -> None:
     with pytest.raises(InputError, match="not contiguous along K need bf16"):
         GemmSpec("dense", "e4m3", 256, 128, 4, order="kn")
-    with pytest.raises(InputError, match="must come in one copy; pair on a"):
-        GemmSpec("dense", "bf16", 256, 128, 4, pair="b", order="kn")
+    with pytest.raises(InputError, match="must come in one copy; pair on b"):
+        GemmSpec("grouped_k", "bf16", 256, 128, 4, "f32", pair="a", order="mn")
 
 
 def test_unknown_ptx_is_refused() -> None:
