@@ -25,6 +25,28 @@ Orders: TypeAlias = Mapping[tuple[str, str], tuple[Step, ...]]
 PHASES = {"F": (Phase.F,), "I": (Phase.B,), "W": (Phase.W,), "B": (Phase.B, Phase.W)}
 
 
+LETTERS = 2
+"""Messages of one stage and channel that may be under way at once. The verifier lets a rank go on after one."""
+
+
+@dataclass
+class Outbox:
+    """Copies of what is being sent, so that a chunk is free again before the other rank took its values."""
+
+    letters: list[tuple[Pending, list[torch.Tensor]]] = field(default_factory=list)
+
+    def send(self, channel: Channel, values: list[torch.Tensor], peer: int) -> None:
+        """Send copies of `values`; waits only for the last message but LETTERS."""
+        if len(self.letters) < LETTERS:
+            copies = [torch.empty_like(v) for v in values]
+        else:
+            pending, copies = self.letters.pop(0)
+            pending.wait()
+        for copy, value in zip(copies, values, strict=True):
+            copy.copy_(value)
+        self.letters.append((channel.send(copies, peer), copies))
+
+
 @dataclass
 class Actions:
     """One rank's part of a schedule.
@@ -43,6 +65,7 @@ class Actions:
     orders: Orders
     on_forward: Callable[[int, int, Chunk], None]
     watch: Callable[[int], None]
+    _outboxes: dict[tuple[str, int], Outbox] = field(default_factory=dict)
     _local: dict[tuple[str, int, int], list[torch.Tensor]] = field(default_factory=dict)
     _arriving: dict[Action, Pending] = field(default_factory=dict)
     _posted: int = 0
@@ -127,7 +150,8 @@ class Actions:
             self._local["F" if forward else "B", peer_stage, action.micro_batch] = values
         else:
             channel = f"{'f' if forward else 'b'}{self.schedule.route_of(action.micro_batch)}"
-            chunk.pending.append(self.channels[channel].send(values, peer))
+            box = self._outboxes.setdefault((channel, action.stage), Outbox())
+            box.send(self.channels[channel], values, peer)
 
 
 def merged(work: list[tuple[Action, Chunk]], orders: Orders) -> Iterator[tuple[int, Part]]:

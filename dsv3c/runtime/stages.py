@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from dsv3c.errors import WorkError
 from dsv3c.ir import IRError, Phase, Program, Type
-from dsv3c.runtime.collectives import Pending
 from dsv3c.runtime.executor import Blocks, Engine, prepare_sequence, stage_layout, workspace_bytes
 from dsv3c.runtime.runner import Call, Memory
 from dsv3c.segments import Segment, segments
@@ -36,13 +35,11 @@ class Part:
 class Chunk:
     """Memory for one micro-batch on one stage, held from its F to its W.
 
-    `parts`: the segments of its layers in the order of the stage's sequence. `pending`: sends that still read this
-    memory.
+    `parts`: the segments of its layers in the order of the stage's sequence.
     """
 
     values: Mapping[str, torch.Tensor]
     parts: tuple[Part, ...]
-    pending: list[Pending] = field(default_factory=list)
 
 
 class Stage:
@@ -59,13 +56,10 @@ class Stage:
         return bool(self._free)
 
     def take(self, micro_batch: int) -> Chunk:
-        """A free chunk for `micro_batch`, once nothing reads it any more."""
+        """A free chunk for `micro_batch`."""
         if not self._free:
             raise WorkError(f"stage {self.index} has no chunk left for micro-batch {micro_batch}; compile again")
         chunk = self._held[micro_batch] = self._free.pop()
-        for transfer in chunk.pending:
-            transfer.wait()
-        chunk.pending.clear()
         return chunk
 
     def chunk(self, micro_batch: int) -> Chunk:
