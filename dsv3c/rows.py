@@ -7,7 +7,7 @@ target without anybody writing one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,6 +22,8 @@ else:
 UNARY = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "power_of_two_above")
 """`power_of_two_above(x)` is the smallest power of two that is at least x, for x > 0."""
 BINARY = ("add", "sub", "mul", "div", "max", "min", "less", "equal")
+TILE_ROWS = 128
+"""Neighbouring rows in a tile, counted from the first row: what 128×1 quantization shares a scale over."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,6 +107,16 @@ class Reduce(Row):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Down(Row):
+    """The largest of `x` down each tile of TILE_ROWS neighbouring rows, column by column; each row of it holds that.
+
+    What depends on it is no longer independent row by row, but tile by tile; the last tile may be smaller.
+    """
+
+    x: Row
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Slice(Row):
     """Columns `start, start+step, ...` of `x`."""
 
@@ -142,6 +154,35 @@ class Round(Row):
 
     x: Row
     dtype: DType
+
+
+def children(row: Row) -> tuple[Row, ...]:
+    """The expressions that `row` is made of."""
+    match row:
+        case Binary(x=x, y=y) | Interleave(x=x, y=y):
+            return x, y
+        case Select(condition=condition, x=x, y=y):
+            return condition, x, y
+        case Join(parts=parts):
+            return parts
+        case Unary(x=x) | Reduce(x=x) | Down(x=x) | Slice(x=x) | Repeat(x=x) | Round(x=x):
+            return (x,)
+        case _:
+            return ()
+
+
+def walk(rows: tuple[Row, ...]) -> Iterator[Row]:
+    """Every expression in `rows` once, arguments first."""
+    seen: set[Row] = set()
+    stack: list[tuple[Row, bool]] = [(r, False) for r in reversed(rows)]
+    while stack:
+        row, done = stack.pop()
+        if done:
+            yield row
+        elif row not in seen:
+            seen.add(row)
+            stack.append((row, True))
+            stack += [(c, False) for c in reversed(children(row)) if c not in seen]
 
 
 def as_row(x: RowLike) -> Row:
@@ -203,6 +244,12 @@ def largest(x: Row, group: int = 0) -> Row:
     return _reduced("max", x, group)
 
 
+def largest_down(x: Row) -> Row:
+    """The maximum over each tile of TILE_ROWS rows, column by column; NaN wins."""
+    _expect_columns(x, "a maximum down the rows")
+    return Down(x.cols, x)
+
+
 def columns(x: Row, start: int, stop: int, step: int = 1) -> Row:
     """Columns `start:stop:step`; at least one, and all must exist."""
     if not (0 <= start < stop <= x.cols and step >= 1):
@@ -248,7 +295,7 @@ def sigmoid(x: RowLike) -> Row:
 
 
 OPERAND_KINDS = ("row", "scalar", "prefix", "column", "single")
-RESULT_KINDS = ("row", "scalar", "column")
+RESULT_KINDS = ("row", "scalar", "column", "turned", "turned_tile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +306,8 @@ class Rowwise:
     [*first dims of space, cols] (shared by the rows of the remaining dims, as the rotary table is by heads),
     `column` [cols] the same for all rows, `single` [] one number. The row space is all dims of the first `row`
     operand but the last.
-    `results`, one word per output: `row`, `scalar`, or `column`: summed over all rows.
+    `results`, one word per output: `row`, `scalar`, `column`: summed over all rows, `turned`: rows as columns
+    [cols, rows], or `turned_tile`: one number per column and tile of rows [cols, ⌈rows/TILE_ROWS⌉].
     `body(*operands, **attrs)` gives one expression per output.
     """
 
@@ -283,6 +331,19 @@ def evaluate(row: Row, operands: tuple[torch.Tensor, ...],
     if row not in known:
         known[row] = _evaluate(row, operands, known)
     return known[row]
+
+
+def placed(value: torch.Tensor, kind: str, rows: int, cols: int) -> torch.Tensor:
+    """What `evaluate` gave for a result of `kind`, one of RESULT_KINDS, as the result holds it.
+
+    [rows, cols] for `row`, [rows] for `scalar`, [cols] for `column`, [cols, rows] and [cols, tiles] for the turned.
+    """
+    whole = value.expand(rows, max(cols, 1))
+    if kind == "scalar":
+        return whole[:, 0]
+    if kind == "column":
+        return whole.sum(0)
+    return whole if kind == "row" else whole[:: TILE_ROWS if kind == "turned_tile" else 1].t()
 
 
 def _evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, torch.Tensor]) -> torch.Tensor:
@@ -314,6 +375,11 @@ def _evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, tor
             whole = every_column_of(x)
             parts = whole.unflatten(-1, (-1, group)) if group else whole.unsqueeze(-2)
             return parts.sum(-1) if function == "sum" else parts.amax(-1)
+        case Down(x=x):
+            height = max((t.shape[0] for t in operands), default=1)
+            whole = every_column_of(x).expand(height, -1)
+            tops = [part.amax(0, keepdim=True).expand_as(part) for part in whole.split(TILE_ROWS)]
+            return torch.cat(tops) if tops else whole
         case Slice(x=x, start=start, step=step):
             return every_column_of(x)[:, start : start + (row.cols - 1) * step + 1 : step]
         case Join(parts=parts_):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from dsv3c.dims import Dim, same
 from dsv3c.ir import Graph, Node, Phase, Value
 from dsv3c.op import Effect, Registry
 from dsv3c.rewrite import CALL, ancestors, map_values, outline, place_of
+from dsv3c.rows import Operand, Reduce, Row, walk
 from dsv3c.state import Pass, State, TakeNote
 from dsv3c.text import show_graph
 
@@ -18,9 +21,10 @@ from dsv3c.text import show_graph
 class Fuse(Pass):
     """Turn connected row-wise nodes of one phase into calls of region graphs, so that no intermediate meets memory.
 
-    Two nodes join when one hands the other whole rows (or one number per row), both have the same rows, and no path
-    between them leaves the region. `single=false` leaves nodes alone that found no partner. Equal regions share one
-    graph.
+    Two nodes join when one hands the other whole rows (or one number per row), or both read the same rows; both have
+    the same rows, and no path between them leaves the region. What works on tiles of rows, as quantizing for weight
+    gradients does, joins all but what needs whole rows first. `single=false` leaves nodes alone that found no partner.
+    Equal regions share one graph.
     """
 
     name: ClassVar[str] = "fuse"
@@ -106,6 +110,32 @@ def hands_rows(producer: Node, v: Value, node: Node, registry: Registry) -> bool
     return result in ("row", "scalar") and operands == {result} and together
 
 
+TURNED = ("turned", "turned_tile")
+
+
+def in_tiles(node: Node, registry: Registry) -> bool:
+    """Whether a row-wise node works on tiles of rows."""
+    rows = registry[node.op].rows
+    assert rows is not None
+    return any(kind in TURNED for kind in rows.results)
+
+
+def needs_whole_rows(node: Node, registry: Registry) -> bool:
+    """Whether what a row-wise node hands on of one column depends on all columns of the row."""
+    rows = registry[node.op].rows
+    assert rows is not None
+    operands: list[Row] = []
+    for i, (v, kind) in enumerate(zip(node.inputs, rows.operands, strict=True)):
+        cols = v.type.shape[-1] if kind in ("row", "prefix", "column") else 0
+        if not isinstance(cols, int):
+            return True
+        operands.append(Operand(cols, i))
+    body = rows.body(*operands, **dict(node.attrs))
+    made = body if isinstance(body, tuple) else (body,)
+    handed = tuple(r for r, kind in zip(made, rows.results, strict=True) if kind not in ("scalar", "column"))
+    return any(isinstance(r, Reduce) and not r.group for r in walk(handed))
+
+
 def is_rowwise(node: Node, registry: Registry) -> bool:
     """Whether `node` can be part of a region: pure, with a row program, its rows of a known number of columns."""
     if node.op == CALL or registry[node.op].effect is not Effect.PURE:
@@ -126,6 +156,9 @@ class Grouping:
         self.preds = [sorted({self.index[v.name] for v in n.inputs if v.name in self.index}) for n in graph.nodes]
         needed = ancestors(graph, graph.results)
         self.rowwise = [is_rowwise(n, registry) and any(v.name in needed for v in n.outputs) for n in graph.nodes]
+        works = [w and not registry[n.op].view for n, w in zip(graph.nodes, self.rowwise, strict=True)]
+        self.tiled = [w and in_tiles(n, registry) for n, w in zip(graph.nodes, works, strict=True)]
+        self.whole = [w and needs_whole_rows(n, registry) for n, w in zip(graph.nodes, works, strict=True)]
         self._refused: dict[tuple[int, int], str] = {}
 
     def groups(self) -> list[list[int]]:
@@ -144,11 +177,32 @@ class Grouping:
                     self._join(p, i)
                 else:
                     self._refused[p, i] = f"{node.op} stays apart from {producer.op}: their rows differ"
+        for first, second in self._siblings():
+            if self.group[first] != self.group[second]:
+                self._join(first, second)
         found: dict[int, list[int]] = {}
         for i in range(len(self.graph.nodes)):
             if self.rowwise[i]:
                 found.setdefault(self.group[i], []).append(i)
         return list(found.values())
+
+    def _siblings(self) -> Iterator[tuple[int, int]]:
+        """Pairs of nodes that read the same value as rows, over the same rows, in one phase: what neither makes."""
+        readers: dict[str, list[int]] = {}
+        for i, node in enumerate(self.graph.nodes):
+            rows = self.registry[node.op].rows if self.rowwise[i] else None
+            if rows is None or self.registry[node.op].view:
+                continue
+            for v, kind in dict.fromkeys(zip(node.inputs, rows.operands, strict=True)):
+                p = self.index.get(v.name)
+                if kind == "row" and not (p is not None and self.rowwise[p]):
+                    readers.setdefault(v.name, []).append(i)
+        for indices in readers.values():
+            for first, second in pairwise(indices):
+                a, b = self.graph.nodes[first], self.graph.nodes[second]
+                mine, theirs = space(a, self.registry), space(b, self.registry)
+                if a.phase is b.phase and mine and theirs and len(mine) == len(theirs) and all(map(same, mine, theirs)):
+                    yield first, second
 
     def refused(self) -> list[tuple[Node, str]]:
         """Nodes that read rows of a region they could not join, and why; call after `groups`."""
@@ -158,7 +212,7 @@ class Grouping:
         keep, drop = self.group[p], self.group[i]
         merged = [keep if g == drop else g for g in self.group]
         members = [j for j, g in enumerate(merged) if g == keep]
-        reason = self._too_many(members) or self._misread(members) or self._cyclic(merged, keep)
+        reason = self._too_many(members) or self._misread(members) or self._tiles(members) or self._cyclic(merged, keep)
         if reason:
             producer, node = self.graph.nodes[p], self.graph.nodes[i]
             self._refused.setdefault((p, i), f"{node.op} stays apart from {producer.op}: {reason}")
@@ -180,6 +234,20 @@ class Grouping:
                 if p in inside and not hands_rows(self.graph.nodes[p], v, node, self.registry):
                     return f"{node.op} needs all rows of {v}"
         return ""
+
+    def _tiles(self, members: list[int]) -> str:
+        """What one member needs of whole rows where another works on tiles of rows."""
+        if not any(self.tiled[j] for j in members):
+            return ""
+        whole = next((j for j in members if self.whole[j] or self._sum_read(j, members)), None)
+        return "" if whole is None else f"{self.graph.nodes[whole].op} needs whole rows, tiles of rows are done in parts"
+
+    def _sum_read(self, j: int, members: list[int]) -> bool:
+        """Whether a member reads numbers per row that member `j` makes."""
+        rows = self.registry[self.graph.nodes[j].op].rows
+        assert rows is not None
+        made = {v.name for v, k in zip(self.graph.nodes[j].outputs, rows.results, strict=True) if k == "scalar"}
+        return any(v.name in made for m in members for v in self.graph.nodes[m].inputs)
 
     def _cyclic(self, merged: list[int], group: int) -> str:
         """What lies on a path that leaves the group and comes back."""

@@ -58,7 +58,7 @@ class _Quantizer:
     """Rewrites one graph.
 
     `tiles`: by value name, its E4M3 form in 1×128 tiles. `backward`: by value name, what B and W read instead.
-    `moved`: names of rows that exist in tiles only.
+    `moved`: names of rows that exist in tiles only. `merged`: by name of what is split into heads, the whole of it.
     """
 
     def __init__(self, graph: Graph, registry: Registry, power_of_two: bool, note: TakeNote) -> None:
@@ -70,6 +70,7 @@ class _Quantizer:
         self.blocks: dict[tuple[str, bool], tuple[Value, Value]] = {}
         self.backward: dict[str, Value] = {}
         self.moved: set[str] = set()
+        self.merged: dict[str, Value] = {}
 
     def graph(self) -> Graph:
         for node in self.source.nodes:
@@ -205,14 +206,21 @@ class _Quantizer:
             self.note("recomputed", where, f"backward computes {node.output} again from it")
         elif node.op == "attention" and node.outputs[0].type.dtype is DType.bf16:
             o = node.outputs[0]
+            heads = o.type.shape[-2]
             with self.b.at(node.path, Phase.F):
-                packed = self.b.quantize_e5m6(o)
+                packed = self.b.quantize_e5m6(self.b.merge_heads(o))
             with self.b.at(node.path, Phase.B):
-                self.backward[o.name] = self.b.dequantize_e5m6(*packed, dtype=str(o.type.dtype))
+                whole = self.b.dequantize_e5m6(*packed, dtype=str(o.type.dtype))
+                self.backward[o.name] = self.b.split_heads(whole, heads=heads)
+                self.merged[self.backward[o.name].name] = whole
             self.note("saved", where, f"{o}, the input of the output projection, in E5M6")
         elif first is not None and first.name in self.backward and (self._is_view(node) or node.op == "scale_rows"):
+            again = self.backward[first.name]
+            if node.op == "merge_heads" and again.name in self.merged:
+                self.backward[node.output.name] = self.merged[again.name]
+                return
             with self.b.at(node.path, Phase.B):
-                inputs = (self.backward[first.name], *node.inputs[1:])
+                inputs = (again, *node.inputs[1:])
                 (self.backward[node.output.name],) = self.b.emit(node.op, inputs, dict(node.attrs))
 
     def _is_view(self, node: Node) -> bool:

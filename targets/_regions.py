@@ -153,7 +153,7 @@ class _Composer:
             if known.shared:
                 kind = "prefix" if kind == "row" else kind
             return self._operand(node, v, known, kind)
-        if known.kind == "column":
+        if known.kind == "column" or known.kind.startswith("turned"):
             raise IRError(f"{self.graph.name}: {node.op} reads {v} as {kind}, which needs all rows first")
         expected = "row" if kind in ("row", "prefix") else kind
         if known.kind != expected or (kind == "prefix" and self._space_of(v) != self.space):
@@ -189,7 +189,8 @@ class _Composer:
         assert self.space is not None
         if known.kind == "scalar":
             return RegionResult("scalar", 0, v.type.dtype, known.row)
-        cols = known.row.cols or self._columns(v)
+        turned = known.kind.startswith("turned")
+        cols = known.row.cols or (bind(v.type.shape[0], self.sizes) if turned else self._columns(v))
         if known.kind == "row" and not same(v.type.elements, multiply(*self.space, cols)):
             raise IRError(f"{self.graph.name}: the result {v} does not have the region's rows")
         return RegionResult(known.kind, cols, v.type.dtype, known.row)

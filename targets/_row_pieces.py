@@ -6,8 +6,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate, pairwise
 
-from dsv3c.rows import Binary, Constant, Interleave, Join, Operand, Reduce, Repeat, Round, Row, Select, Slice, Unary
-from dsv3c.targets._row_stages import Simplifier, children
+from dsv3c.rows import (
+    Binary,
+    Constant,
+    Down,
+    Interleave,
+    Join,
+    Operand,
+    Reduce,
+    Repeat,
+    Round,
+    Row,
+    Select,
+    Slice,
+    Unary,
+    children,
+)
+from dsv3c.targets._row_stages import Simplifier
 
 
 def pieces(rows: tuple[Row, ...]) -> tuple[Row, ...]:
@@ -28,13 +43,16 @@ def rebuilt(row: Row, cols: int, parts: tuple[Row, ...]) -> Row:
             return Binary(cols, f, *parts)
         case Select():
             return Select(cols, *parts)
+        case Down():
+            return Down(cols, *parts)
         case Round(dtype=dtype):
             return Round(cols, parts[0], dtype)
         case _:
             raise AssertionError(f"{row} is not element-wise")
 
 
-ELEMENTWISE = (Unary, Binary, Select, Round)
+ELEMENTWISE = (Unary, Binary, Select, Round, Down)
+"""What works column by column."""
 
 
 def joined(parts: list[Row]) -> Row:
@@ -112,7 +130,7 @@ class _Lift:
                 return self.cut((a, b)[start % 2], start // 2, cols, max(step // 2, 1))
             case Interleave(x=a, y=b) if step == 1 and start % 2 == 0 and cols % 2 == 0:
                 return Interleave(cols, *(self.cut(p, start // 2, cols // 2, 1) for p in (a, b)))
-            case Unary() | Binary() | Select() | Round():
+            case Unary() | Binary() | Select() | Round() | Down():
                 return rebuilt(x, cols, tuple(self.cut(c, start, cols, step) for c in children(x)))
             case _:
                 return Slice(cols, x, start, step)

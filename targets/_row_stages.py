@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from dsv3c.rows import (
     Binary,
     Constant,
+    Down,
     Interleave,
     Join,
     Operand,
@@ -22,6 +23,7 @@ from dsv3c.rows import (
     Select,
     Slice,
     Unary,
+    children,
 )
 from dsv3c.targets._regions import RegionProgram
 
@@ -81,21 +83,6 @@ class Stages:
 STRUCTURAL = (Join, Interleave, Repeat)
 
 
-def children(row: Row) -> tuple[Row, ...]:
-    """The expressions that `row` is made of."""
-    match row:
-        case Binary(x=x, y=y) | Interleave(x=x, y=y):
-            return x, y
-        case Select(condition=condition, x=x, y=y):
-            return condition, x, y
-        case Join(parts=parts):
-            return parts
-        case Unary(x=x) | Reduce(x=x) | Slice(x=x) | Repeat(x=x) | Round(x=x):
-            return (x,)
-        case _:
-            return ()
-
-
 class Simplifier:
     """Gives equal expressions one object, and lets slices reach through joins."""
 
@@ -127,6 +114,8 @@ class Simplifier:
                 return self._intern(Select(cols, *parts), *parts)
             case Round(cols=cols, dtype=dtype):
                 return self._intern(Round(cols, parts[0], dtype), parts[0], dtype)
+            case Down(cols=cols):
+                return self._intern(Down(cols, *parts), *parts)
             case Reduce(cols=cols, function=f, group=group):
                 return self._reduce(cols, f, parts[0], group)
             case Slice(cols=cols, start=start, step=step):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from dsv3c.rows import Binary, Join, Reduce, Repeat, Round, Row, Select, Unary
-from dsv3c.targets._row_stages import children
+from dsv3c.rows import TILE_ROWS, Join, Reduce, Repeat, Row, children, walk
+from dsv3c.targets._row_pieces import ELEMENTWISE
 
 LANES = 4096
 """Lanes of a program that may choose: work enough to hide the latency of memory, registers for several values."""
@@ -15,6 +15,9 @@ MOST_LANES = 16384
 LANES_PER_THREAD = 16
 SMALLEST_GROUP = 8
 """Runs of columns shorter than this do not shape the lanes of what is not grouped itself."""
+TALL_COLUMNS = 64
+"""Columns of a program that holds a tile of rows, unless groups of columns are wider."""
+TALL_PER_THREAD = 32
 PROGRAMS = 264
 """Programs that share the rows of a sum over all rows, whatever the GPU, so that its bits do not depend on it."""
 
@@ -85,23 +88,6 @@ class At:
         return replace(self, steps=(*self.steps, (1, 0, by)))
 
 
-ELEMENTWISE = (Unary, Binary, Select, Round)
-
-
-def walk(rows: tuple[Row, ...]) -> Iterator[Row]:
-    """Every expression in `rows` once, arguments first."""
-    seen: set[Row] = set()
-    stack: list[tuple[Row, bool]] = [(r, False) for r in reversed(rows)]
-    while stack:
-        row, done = stack.pop()
-        if done:
-            yield row
-        elif row not in seen:
-            seen.add(row)
-            stack.append((row, True))
-            stack += [(c, False) for c in reversed(children(row)) if c not in seen]
-
-
 def stored_pieces(row: Row, cols: int) -> Iterator[tuple[Row, int, int]]:
     """(expression, first column, columns) of the parts that a result of `cols` columns is stored in."""
     if isinstance(row, Join):
@@ -115,9 +101,12 @@ def stored_pieces(row: Row, cols: int) -> Iterator[tuple[Row, int, int]]:
 
 class Blocks:
     """The lanes of a kernel. `mode`: `split` if every block of columns is a program of its own (no number of the row
-    depends on all of it), `whole` if a program holds rows in registers, `loop` if it walks over blocks."""
+    depends on all of it), `whole` if a program holds rows in registers, `loop` if it walks over blocks.
 
-    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool) -> None:
+    `tall`: a program holds a tile of rows and one block of columns of each stored piece; `results` are then those that
+    may not be summed up from blocks of columns."""
+
+    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool, tall: bool = False) -> None:
         every = tuple(walk(results))
         self._groups: dict[int, int] = {}
         for row in every:
@@ -129,7 +118,10 @@ class Blocks:
         wanted += [self._padded(_reduced(r), _group(r)) for r in every if isinstance(r, Reduce)]
         self._chunks = 1
         self.mode = "whole"
-        if not reduces and may_split:
+        if tall:
+            self.mode = "split"
+            self._chunks = -(-max(widths) // max([TALL_COLUMNS, *self._groups.values()]))
+        elif not reduces and may_split:
             self.mode = "split"
             self._chunks = _chunks(max([1, *widths]))
         elif max(wanted, default=1) > MOST_LANES:
@@ -138,8 +130,9 @@ class Blocks:
         pieces += [self.domain(_reduced(r), _group(r)) for r in every if isinstance(r, Reduce)]
         self.lanes = max((d.block for d in pieces), default=1)
         self.chunks = max((d.chunks for d in pieces), default=1) if self.mode == "split" else 1
-        self.rows = max(1, LANES // self.lanes)
-        self.warps = min(16, max(1, self.rows * self.lanes // (32 * LANES_PER_THREAD)))
+        self.rows = TILE_ROWS if tall else max(1, LANES // self.lanes)
+        per_thread = TALL_PER_THREAD if tall else LANES_PER_THREAD
+        self.warps = min(16, max(1, self.rows * self.lanes // (32 * per_thread)))
 
     def _padded(self, cols: int, group: int) -> int:
         return power_of_two(-(-cols // group)) * power_of_two(group) if group else power_of_two(cols)

@@ -2,7 +2,8 @@
 
 A process either interprets or compiles: the variable TRITON_INTERPRET must be 1 before Triton is imported, so this is
 for a process of its own (`Worker`). Mended: conversions between float types (the interpreter rounds wrongly, and does
-not saturate), reductions with a combining function of one's own (it goes number by number, in minutes), loop bounds.
+not saturate), fused multiply-add (it rounds twice), reductions with a combining function of one's own (it goes number
+by number, in minutes), loop bounds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
+VECTOR = 16
+"""Numbers that a kernel stores at once at most."""
 MAXIMUM = {"fp8e4nv": 448.0, "fp8e5": 57344.0}
 
 
@@ -89,7 +92,13 @@ def _mend() -> None:
             data = np.concatenate([joined, rest], axis=self.axis)
         return (self.to_tensor(data if self.keep_dims else data.squeeze(self.axis), x.dtype),)
 
+    def fused(self: Any, x: Any, y: Any, z: Any) -> Any:
+        """One rounding: a product of two float32 numbers is exact in float64."""
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
     interpreter._convert_float = convert
+    interpreter.InterpreterBuilder.create_fma = fused
     plain = interpreter.ReduceOps.generic_reduce
     interpreter.ReduceOps.generic_reduce = lambda self, inputs: (
         reduce(self, inputs) if len(inputs) == 1 and self.axis is not None else plain(self, inputs)
@@ -115,10 +124,11 @@ Packed = tuple[bytes, str, tuple[int, ...], tuple[int, ...]]
 
 
 def _pack(t: torch.Tensor) -> Packed:
-    """The whole storage under a tensor, so that strides survive."""
+    """The storage under a tensor, so that strides survive, and what its last vector may reach into behind it."""
     t = t.detach()
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    flat = t.as_strided((last + 1 if t.numel() else 0,), (1,))
+    room = t.untyped_storage().nbytes() // t.element_size() - t.storage_offset()
+    flat = t.as_strided((min(last + VECTOR, room) if t.numel() else 0,), (1,))
     return flat.contiguous().view(torch.uint8).numpy().tobytes(), str(t.dtype), tuple(t.shape), tuple(t.stride())
 
 

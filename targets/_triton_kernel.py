@@ -7,22 +7,21 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dsv3c.errors import WorkError
-from dsv3c.ir import DTYPES, DType, Graph
+from dsv3c.ir import DType, Graph, IRError
 from dsv3c.lazy import lazy
 from dsv3c.ops import REGISTRY
-from dsv3c.rows import Operand, Row
+from dsv3c.rows import Operand, Row, children
 from dsv3c.target import Kernel, KernelFile
-from dsv3c.targets._regions import RegionOperand, RegionProgram, compose
-from dsv3c.targets._row_stages import children
-from dsv3c.targets._triton_blocks import ELEMENTWISE
+from dsv3c.targets._regions import RegionProgram, compose
+from dsv3c.targets._row_pieces import ELEMENTWISE
 from dsv3c.targets._triton_build import ARCH, Entry, Prepared, compile_source, driver, triton_version
 from dsv3c.targets._triton_interpreter import Launch, module_of
+from dsv3c.targets._triton_launcher import Bound, Call, RegionLauncher
 from dsv3c.targets._triton_math import POINTER
-from dsv3c.targets._triton_rows import SUM_COLUMNS, Argument, Script, generate
+from dsv3c.targets._triton_rows import TURNED, Script, generate
 from dsv3c.tensors import torch_dtype
 
 if TYPE_CHECKING:
@@ -30,12 +29,12 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-Call = Callable[[], object]
 SUM_WARPS = 4
 
 
 def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str) -> Kernel | None:
-    """The kernel of a fused region: Triton source, and with `kernels` = binary its sm_90a code; None for `none`.
+    """The kernel of a fused region: Triton source, and with `kernels` = binary its sm_90a code; None for `none`, and
+    where tiles of rows do not meet tiles of columns, as with SwiGLU of halves that are no multiple of 128.
 
     Raises IRError if the region is not row-wise, WorkError if Triton cannot compile it.
     """
@@ -43,7 +42,12 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str) -> Kern
         return None
     program = compose(region, REGISTRY, sizes)
     entry = "".join(c if c.isalnum() else "_" for c in region.name)
-    script = generate(program, entry)
+    try:
+        script = generate(program, entry)
+    except IRError:
+        if any(r.kind in TURNED for r in program.results):
+            return None
+        raise
     files = [KernelFile("py", script.text.encode())]
     facts: list[tuple[str, str | int]] = []
     if kernels == "binary":
@@ -66,6 +70,8 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str) -> Kern
         ("operands", " ".join(f"{o.kind}:{o.cols}:{o.dtype}" for o in program.operands)),
         ("results", " ".join(f"{r.kind}:{r.cols}:{r.dtype}" for r in program.results)),
         ("sums", " ".join(map(str, script.sums))),
+        ("folds", " ".join(map(str, script.folds))),
+        ("across", int(script.across)),
         ("in_place", " ".join(f"{i}:{k}" for i, k in in_place(program, script.text))),
     )
     digest = hashlib.sha256(script.text.encode()).hexdigest()[:8]
@@ -119,176 +125,17 @@ def _entries(script: Script, results: tuple[DType, ...]) -> tuple[Entry, ...]:
               (("part", 16), ("y", 16)), SUM_WARPS)
         for k in script.sums
     )  # fmt: skip
-    return (main, *sums)
+    folds = (
+        Entry(f"{script.entry}_fold{k}", _fold_types(f"*{POINTER[results[k]]}"), (("part", 16),), SUM_WARPS)
+        for k in script.folds
+    )
+    return (main, *sums, *folds)
 
 
-def _parse(text: str) -> RegionOperand:
-    kind, cols, dtype = text.split(":")
-    return RegionOperand(kind, int(cols), DTYPES[dtype])
-
-
-def _argument(text: str) -> Argument:
-    name, kind, dtype, divisible = text.split(":")
-    return Argument(name, kind, dtype, int(divisible))
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A kernel with its tensors: copies to make before, launches in order (their tensors by position), copies after."""
-
-    tensors: tuple[torch.Tensor, ...]
-    before: tuple[Call, ...]
-    launches: tuple[Launch, ...]
-    after: tuple[Call, ...]
-
-
-class RegionLauncher:
-    """What a region's kernel takes and how it is started, read from its record alone."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        facts = dict(kernel.launch)
-        self.name, self.entry = kernel.op, str(facts["entry"])
-        self.rows, self.chunks, self.programs = (int(facts[k]) for k in ("rows", "chunks", "programs"))
-        self.arguments = tuple(map(_argument, str(facts["arguments"]).split()))
-        self.operands = tuple(map(_parse, str(facts["operands"]).split()))
-        self.results = tuple(map(_parse, str(facts["results"]).split()))
-        self.sums = tuple(map(int, str(facts["sums"]).split()))
-        pairs = (p.split(":") for p in str(facts.get("in_place", "")).split())
-        self.in_place = frozenset((int(i), int(k)) for i, k in pairs)
-        self._partial: dict[tuple[int, str], torch.Tensor] = {}
-
-    def bind(self, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Bound:
-        """Views, strides and grids for these tensors. A tensor whose layout the kernel cannot walk, or an input that
-        shares memory with an output, goes through a copy, unless the two are the same tensor and the kernel reads
-        each number before it writes it. Raises WorkError if shapes or element types do not fit."""
-        expected = (*self.operands, *self.results)
-        self._check((*inputs, *outputs), expected)
-        rows, inner = self._count((*inputs, *outputs), expected)
-        if not rows:
-            zero = [t.zero_ for t, r in zip(outputs, self.results, strict=True) if r.kind == "column"]
-            return Bound((), tuple(zero), (), ())
-        before: list[Call] = []
-        after: list[Call] = []
-        tensors: list[torch.Tensor] = []
-        values: dict[str, int | tuple[int]] = {"rows": rows, "inner": inner}
-        for i, (t, e) in enumerate(zip((*inputs, *outputs), expected, strict=True)):
-            output = i >= len(inputs)
-            name = f"y{i - len(inputs)}" if output else f"x{i}"
-            if e.kind == "unused":
-                continue
-            if output and e.kind == "column":
-                k = i - len(inputs)
-                values[f"part{k}"] = (len(tensors),)
-                tensors.append(self._scratch(k, e.cols, t.device))
-            clobbered = not output and any(
-                _overlap(t, o) and not ((i, k) in self.in_place and _same(t, o)) for k, o in enumerate(outputs)
-            )
-            view = None if clobbered else self._view(name, t, e, rows, inner)
-            if view is None:
-                copy = torch.empty(t.shape, dtype=t.dtype, device=t.device)
-                (after if output else before).append(
-                    functools.partial(t.copy_, copy) if output else functools.partial(copy.copy_, t)
-                )
-                view = self._view(name, copy, e, rows, inner)
-                assert view is not None
-            values[name] = (len(tensors),)
-            values.update(zip((f"{name}_o", f"{name}_i"), _strides(view, e, rows, inner), strict=False))
-            tensors.append(view)
-        return Bound(tuple(tensors), tuple(before), self._launches(values, rows), tuple(after))
-
-    def _launches(self, values: Mapping[str, int | tuple[int]], rows: int) -> tuple[Launch, ...]:
-        blocks = -(-rows // self.rows)
-        count = min(blocks, self.programs) if self.programs else blocks
-        main = Launch(self.entry, (count, self.chunks), tuple(values[a.name] for a in self.arguments))
-        sums = [
-            Launch(
-                f"{self.entry}_sum{k}",
-                (-(-self.results[k].cols // SUM_COLUMNS), 1),
-                (values[f"part{k}"], values[f"y{k}"], count),
-            )
-            for k in self.sums
-        ]
-        return (main, *sums)
-
-    def _scratch(self, k: int, cols: int, device: torch.device) -> torch.Tensor:
-        """Partial sums of result `k`; launches of one stream may share them."""
-        key = (k, str(device))
-        if key not in self._partial:
-            self._partial[key] = torch.empty(self.programs * cols, dtype=torch.float32, device=device)
-        return self._partial[key]
-
-    def _check(self, tensors: tuple[torch.Tensor, ...], expected: tuple[RegionOperand, ...]) -> None:
-        if len(tensors) != len(expected):
-            raise WorkError(f"the kernel {self.name} takes {len(expected)} tensors, got {len(tensors)}")
-        for t, e in zip(tensors, expected, strict=True):
-            if t.dtype != torch_dtype(e.dtype):
-                raise WorkError(f"the kernel {self.name} expects {e.dtype}, got {t.dtype}")
-
-    def _count(self, tensors: tuple[torch.Tensor, ...], expected: tuple[RegionOperand, ...]) -> tuple[int, int]:
-        """All rows, and how many neighbours share a row of the `prefix` operands (or 1, or what strides ask for)."""
-        counts = [t.numel() // max(e.cols, 1) for t, e in zip(tensors, expected, strict=True)]
-        rows = max((c for c, e in zip(counts, expected, strict=True) if e.kind in ("row", "scalar")), default=0)
-        shared = max((c for c, e in zip(counts, expected, strict=True) if e.kind == "prefix"), default=rows)
-        inner = rows // shared if shared else 1
-        if inner == 1:
-            for t, e in zip(tensors, expected, strict=True):
-                if e.kind == "row" and t.dim() > 2 and _reshaped(t, e, rows, 1) is None and rows % t.shape[-2] == 0:
-                    inner = t.shape[-2]
-                    break
-        full = {"row": rows, "scalar": rows, "prefix": shared, "column": 1, "single": 1}
-        for t, e, count in zip(tensors, expected, counts, strict=True):
-            width = max(e.cols, 1)
-            if e.kind != "unused" and (count != full[e.kind] or t.numel() != count * width):
-                raise WorkError(f"the kernel {self.name}: a {e.kind} of {width} columns does not fit {tuple(t.shape)}")
-        if shared and rows % shared:
-            raise WorkError(f"the kernel {self.name}: {rows} rows do not share {shared} evenly")
-        return rows, inner
-
-    def _view(self, name: str, t: torch.Tensor, e: RegionOperand, rows: int, inner: int) -> torch.Tensor | None:
-        """`t` as the kernel walks it; None if strides or addresses are not what it was promised."""
-        view = _reshaped(t, e, rows, inner)
-        if view is None or (e.kind in ("row", "prefix", "column") and view.shape[-1] > 1 and view.stride(-1) != 1):
-            return None
-        if e.kind == "scalar" and view.stride(-1) < 0:
-            return None
-        promised = {a.name: a.divisible for a in self.arguments}
-        strides = dict(zip((f"{name}_o", f"{name}_i"), _strides(view, e, rows, inner), strict=False))
-        fits = all(s % promised.get(n, 1) == 0 for n, s in strides.items())
-        return view if fits and view.data_ptr() % promised.get(name, 1) == 0 else None
-
-
-def _reshaped(t: torch.Tensor, e: RegionOperand, rows: int, inner: int) -> torch.Tensor | None:
-    t = t.detach()
-    shape = {
-        "row": (rows // inner, inner, e.cols), "scalar": (rows // inner, inner), "prefix": (rows // inner, e.cols),
-        "column": (e.cols,), "single": (1,),
-    }  # fmt: skip
-    try:
-        return t.view(shape[e.kind])
-    except RuntimeError:
-        return None
-
-
-def _strides(view: torch.Tensor, e: RegionOperand, rows: int, inner: int) -> tuple[int, ...]:
-    """Over outer and inner; 0 where there is one only, so that it divides by whatever was promised."""
-    axes = {"row": 2, "scalar": 2, "prefix": 1}.get(e.kind, 0)
-    return tuple(view.stride(a) if view.shape[a] > 1 else 0 for a in range(axes))
-
-
-def _extent(t: torch.Tensor) -> tuple[int, int]:
-    last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if not a.numel() or not b.numel():
-        return False
-    (a0, a1), (b0, b1) = _extent(a), _extent(b)
-    return a0 < b1 and b0 < a1
+def _fold_types(result: str) -> tuple[tuple[str, str], ...]:
+    """Parameters of ENTRY_foldK."""
+    strides = (("y_o", "i64"), ("y_i", "i64"))
+    return ("part", "*fp32"), ("y", result), *strides, ("rows", "i32"), ("inner", "i32")
 
 
 def load_kernel(kernel: Kernel) -> Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]:
@@ -332,7 +179,8 @@ def _from_binary(kernel: Kernel) -> Start:
     def start(launch: Launch, launcher: RegionLauncher, bound: Bound) -> Call:
         function, warps, shared = loaded[launch.entry]
         main = launch.entry == launcher.entry
-        types = [a.dtype for a in launcher.arguments] if main else ["*", "*", "i32"]
+        short = ["*", "*", "i32"] if len(launch.arguments) == 3 else [t for _, t in _fold_types("*")]
+        types = [a.dtype for a in launcher.arguments] if main else short
         values = tuple(
             (t, a if isinstance(a, int) else bound.tensors[a[0]]) for t, a in zip(types, launch.arguments, strict=True)
         )

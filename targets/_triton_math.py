@@ -22,7 +22,8 @@ _TYPES = {
 }  # fmt: skip
 
 FLOAT32 = "tl.float32"
-_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+LEAST, MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
+"""The least and the largest normal number."""
 MAX_HELPER = """@triton.jit
 def larger(x, y):
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
@@ -30,11 +31,28 @@ def larger(x, y):
 """How a maximum is taken in reductions: NaN wins, which Triton's own does not promise."""
 
 
+QUOTIENT_HELPER = """@triton.jit
+def quotient(x, y: tl.constexpr, inverse_y: tl.constexpr):
+    q = x * inverse_y
+    near = tl.fma(tl.fma(q, -y, x), inverse_y, q)
+    return tl.where(tl.abs(q) < float("inf"), near, q)
+"""
+"""x / y rounded to nearest where that is a normal number, a third of the work of a division."""
+INVERSE_HELPER = """@triton.jit
+def inverse(x):
+    r = 1.0 / x
+    r = tl.fma(tl.fma(-x, r, 1.0), r, r)
+    return tl.fma(tl.fma(-x, r, 1.0), r, r)
+"""
+"""1 / x rounded to nearest where both are normal numbers."""
+HELPERS = {"larger": MAX_HELPER, "quotient": QUOTIENT_HELPER, "inverse": INVERSE_HELPER}
+
+
 def number(value: float) -> str:
     """A float32 constant; Triton takes magnitudes outside float32's normal numbers for float64 unless told."""
     if not math.isfinite(value):
         return f'float("{value}")'
-    return repr(float(value)) if value == 0 or _LEAST <= abs(value) <= _MOST else scalar(repr(float(value)))
+    return repr(float(value)) if value == 0 or LEAST <= abs(value) <= MOST else scalar(repr(float(value)))
 
 
 def scalar(text: str) -> str:
@@ -90,7 +108,7 @@ def unary(function: str, x: str, let: Let) -> str:
         case "sigmoid":
             return f"1.0 / (1.0 + tl.exp(-{x}))"
         case "power_of_two_above":
-            small = let(f"{x} < {number(_LEAST)}")
+            small = let(f"{x} < {number(LEAST)}")
             lifted = let(f"tl.where({small}, {x} * {number(2.0**24)}, {x})")
             power = let(f"(({_bits(lifted)} + 0x7FFFFF) >> 23 << 23).to({FLOAT32}, bitcast=True)")
             return f"tl.where({small}, {power} * {number(2.0**-24)}, {power})"

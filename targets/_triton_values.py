@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import re
+import struct
 from dataclasses import dataclass, field, replace
 
-from dsv3c.rows import Binary, Constant, Interleave, Join, Operand, Reduce, Repeat, Round, Row, Select, Slice, Unary
+from dsv3c.ir import DType
+from dsv3c.rows import (
+    Binary,
+    Constant,
+    Down,
+    Interleave,
+    Join,
+    Operand,
+    Reduce,
+    Repeat,
+    Round,
+    Row,
+    Select,
+    Slice,
+    Unary,
+)
 from dsv3c.targets import _triton_math as tt
 from dsv3c.targets._regions import RegionProgram
 from dsv3c.targets._triton_blocks import At, Blocks, Domain, power_of_two
@@ -40,7 +57,7 @@ class Values:
         self.prologue, self.row = Scope(), Scope()
         self.scope = self.row
         self.start = "chunk" if blocks.mode == "split" else ""
-        self.uses_larger = False
+        self.helpers: set[str] = set()
 
     def name(self) -> str:
         self.names += 1
@@ -143,6 +160,16 @@ class Values:
                 return self._load(index, at)
             case Unary(function=function, x=x):
                 return tt.unary(function, self._tensor_of(x, at), self.let)
+            case Binary(
+                function="max", x=Binary(function="div", x=x, y=Constant(value=by)), y=Constant(value=least)
+            ) if 1 <= by < 2**24 and least >= tt.LEAST:
+                self.helpers.add("quotient")
+                inverse = struct.unpack("f", struct.pack("f", 1.0 / by))[0]
+                quotient = f"quotient({self._tensor_of(x, at)}, {tt.number(by)}, {tt.number(inverse)})"
+                return tt.binary("max", self.let(quotient), tt.number(least))
+            case Binary(function="div", x=Constant(value=1.0), y=y) if _is_normal(y):
+                self.helpers.add("inverse")
+                return f"inverse({self._tensor_of(y, at)})"
             case Binary(function=function, x=x, y=y):
                 a = self.value(x, at)
                 both = isinstance(x, Constant) and isinstance(y, Constant)
@@ -155,6 +182,8 @@ class Values:
                 return self._reduce_whole(row)
         assert at is not None
         match row:
+            case Down(x=x):
+                return self._down(x, at)
             case Slice(x=x, start=start, step=step):
                 return self.value(x, at.affine(step, start))
             case Reduce():
@@ -236,17 +265,23 @@ class Values:
         base = 1 if self.many else 0
         for axis in range(base + axes - 1, base - 1 if whole else base + axes - 2, -1):
             if row.function == "max":
-                self.uses_larger = True
+                self.helpers.add("larger")
                 value = f"tl.reduce({value}, {axis}, larger)"
             else:
                 value = f"tl.sum({value}, {axis})"
         return value
 
+    def _down(self, x: Row, at: At) -> str:
+        """The largest in each column; rows past the last one repeat it and change nothing."""
+        self.helpers.add("larger")
+        whole = self.let(f"tl.broadcast_to({self._tensor_of(x, at)}, [{self.shape(at.domain)}])")
+        return f"tl.expand_dims(tl.reduce({whole}, 0, larger), 0)"
+
     def reduced_domain(self, row: Reduce) -> Domain:
         return self.blocks.home(row.x, row.x.cols)
 
     def _reduce_whole(self, row: Reduce) -> str:
-        assert self.blocks.mode == "whole", "reductions over long rows are done in passes"
+        assert self.blocks.mode != "loop", "reductions over long rows are done in passes"
         domain = self.reduced_domain(row)
         value = self.masked(self.value(row.x, At(domain)), domain, identity(row))
         return self.reduce(row, value, len(domain.shape), whole=True)
@@ -263,7 +298,8 @@ class Values:
         """Columns of a grouped reduction one by one, by comparing with all of them."""
         small = Domain(row.cols, 0, power_of_two(row.cols))
         lanes = small.block * at.domain.block * self.blocks.rows
-        if self.blocks.mode != "whole" or lanes > MOST_PICKED:
+        whole = self.blocks.mode == "whole" or (self.blocks.mode == "split" and self.blocks.chunks == 1)
+        if not whole or lanes > MOST_PICKED:
             raise NeedsWholeRow
         values = self.tensor(self.value(row, At(small)))
         axes = len(at.domain.shape)
@@ -296,6 +332,35 @@ class Values:
             text = self.let(text)
             start += p.cols
         return text
+
+
+def _is_normal(row: Row) -> bool:
+    """Whether what `row` holds, and its inverse, are normal numbers, or NaN."""
+    bounds = _bounds(row)
+    return bounds is not None and bounds[0] >= tt.LEAST and bounds[1] <= 2.0**125
+
+
+def _bounds(row: Row) -> tuple[float, float] | None:
+    """Positive numbers between which `row` lies, if it is not NaN; None if that is not known."""
+    match row:
+        case Constant(value=value) if value > 0:
+            return value, value
+        case Round(x=x, dtype=DType.f32):
+            return _bounds(x)
+        case Unary(function="power_of_two_above", x=x):
+            inside = _bounds(x)
+            return inside and (inside[0], 2 * inside[1])
+        case Binary(function="max", x=Binary(function="div", y=Constant(value=by)), y=Constant(value=least)) if by > 0:
+            return (least, max(tt.MOST / by, least)) if least > 0 else None
+        case Select(condition=Binary(function="less", x=small, y=Constant(value=top)), x=x, y=Constant(value=nan)) if (
+            math.isinf(top) and math.isnan(nan)
+        ):
+            return _bounds(x) if x is small or (isinstance(x, Unary) and x.x is small) else None
+        case Select(x=x, y=y):
+            one, two = _bounds(x), _bounds(y)
+            return (min(one[0], two[0]), max(one[1], two[1])) if one and two else None
+        case _:
+            return None
 
 
 def identity(row: Reduce) -> str:

@@ -11,6 +11,7 @@ from dsv3c.errors import WorkError
 from dsv3c.ir import DTYPES, DType, Graph, IRError
 from dsv3c.lazy import lazy
 from dsv3c.ops import REGISTRY
+from dsv3c.rows import Down, walk
 from dsv3c.target import Kernel, KernelFile
 from dsv3c.targets._regions import RegionOperand, RegionProgram, compose
 from dsv3c.targets._tvm_build import CPU_KINDS, check_machine, compile_text, load_text
@@ -29,7 +30,7 @@ Tensors = "tuple[torch.Tensor, ...]"
 def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: str = CPU_KINDS[0]) -> Kernel | None:
     """The kernel of a fused region: TIR text, and with `kernels` = binary its LLVM text.
 
-    None for `none`, and for a region that is not row-wise as a whole, which then runs op by op. Raises WorkError if
+    None for `none`, and for a region that is not row-wise as a whole or needs tiles of rows, which then runs op by op. Raises WorkError if
     TVM cannot compile it.
     """
     if kernels == "none":
@@ -37,6 +38,8 @@ def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: st
     try:
         program = compose(region, REGISTRY, sizes)
     except IRError:
+        return None
+    if any(isinstance(r, Down) for r in walk(tuple(r.row for r in program.results))):
         return None
     signature = tuple(str(v.type) for v in (*region.params, *region.results))
     return program_kernel(program, signature, kernels == "binary", cpu)

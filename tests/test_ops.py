@@ -13,7 +13,7 @@ from dsv3c.interp import run
 from dsv3c.ir import Attrs, DType, Graph, IRError, Node, Type, Value
 from dsv3c.op import SUM, OpDef, Sample, Split
 from dsv3c.ops import REGISTRY
-from dsv3c.rows import Operand, Row, evaluate
+from dsv3c.rows import Operand, Row, evaluate, placed
 from dsv3c.tensors import ir_dtype, torch_dtype
 from dsv3c.text import parse_graph, show_graph
 from dsv3c.verify import verify
@@ -291,9 +291,9 @@ def test_row_program_is_the_reference(op: OpDef, sample: Sample) -> None:
     for kind, row, wanted in zip(op.rows.results, results, expected, strict=True):
         value = evaluate(row, values, known)
         assert value.dtype == values[0].dtype
-        assert row.cols == (0 if kind == "scalar" else wanted.shape[-1])
-        value = value.sum(0) if kind == "column" else value.expand(-1, row.cols or 1).reshape(wanted.shape)
-        close(value.to(wanted.dtype), wanted)
+        assert row.cols == (0 if kind == "scalar" else wanted.shape[0 if kind.startswith("turned") else -1])
+        height = max(v.shape[0] for v, k in zip(values, op.rows.operands, strict=True) if k in ("row", "scalar"))
+        close(placed(value, kind, height, row.cols).reshape(wanted.shape).to(wanted.dtype), wanted)
 
 
 def _narrow(op: OpDef, sample: Sample) -> list[tuple[Type, ...]]:

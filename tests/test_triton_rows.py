@@ -120,6 +120,9 @@ def test_every_rowwise_op(worker: Worker, op: OpDef, number: int) -> None:
 @pytest.mark.parametrize("name", REGIONS)
 @pytest.mark.parametrize(("rows", "n"), [(5, 256), (33, 64), (2, 1088)])
 def test_fused_regions(worker: Worker, name: str, rows: int, n: int) -> None:
+    if name == "swiglu_backward_rows" and n > 128 and n % 128:
+        assert region_kernel(REGIONS[name](rows, n), {}, "source") is None
+        return
     check_region(functools.partial(execute, worker), REGIONS[name](rows, n), "source", torch.device("cpu"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from dsv3c.build import Builder
 from dsv3c.interp import run as interpret
 from dsv3c.ir import DType, Graph, Type, Value
 from dsv3c.ops import REGISTRY
-from dsv3c.rows import evaluate
+from dsv3c.rows import evaluate, placed
 from dsv3c.target import Kernel
 from dsv3c.targets._regions import RegionOperand, RegionProgram, compose
 from dsv3c.targets._triton_kernel import region_kernel
@@ -114,9 +115,48 @@ def requantize(rows: int, n: int) -> Graph:
     return built(build)
 
 
+def requantize_rows(rows: int, n: int) -> Graph:
+    def build(b: Builder) -> list[Value]:
+        q, s = b.input("q", Type(E4M3, (rows, n))), b.input("s", Type(F32, (rows, -(-n // 128))))
+        return [*b.quantize_rows(b.dequantize_tile(q, s, dtype="bf16"), **TILES)]
+
+    return built(build)
+
+
+def both_ways(rows: int, n: int) -> Graph:
+    def build(b: Builder) -> list[Value]:
+        x = b.add(b.input("x", Type(BF16, (rows, n))), b.input("y", Type(BF16, (rows, n))))
+        return [*b.quantize_tile(x, **TILES), *b.quantize_rows(x, **TILES)]
+
+    return built(build)
+
+
+def swiglu_backward_rows(rows: int, n: int) -> Graph:
+    def build(b: Builder) -> list[Value]:
+        q, s = b.input("q", Type(E4M3, (rows, 2 * n))), b.input("s", Type(F32, (rows, -(-2 * n // 128))))
+        dy, p = b.input("dy", Type(BF16, (rows, n))), b.input("p", Type(BF16, (rows,)))
+        gu = b.dequantize_tile(q, s, dtype="bf16")
+        y, d = b.swiglu(gu), b.swiglu_grad(b.scale_rows(dy, p), gu)
+        return [*b.quantize_rows(b.scale_rows(y, p), **TILES), b.row_dot(y, dy), *b.quantize_tile(d, **TILES),
+                *b.quantize_rows(d, **TILES)]  # fmt: skip
+
+    return built(build)
+
+
+def unpack_rows(rows: int, n: int) -> Graph:
+    def build(b: Builder) -> list[Value]:
+        q, s = b.input("q", Type(DType.u8, (rows, n // 2 * 3))), b.input("s", Type(F32, (rows, -(-n // 128))))
+        x = b.dequantize_e5m6(q, s, dtype="bf16")
+        return [x, *b.quantize_rows(x, **TILES)]
+
+    return built(build)
+
+
 REGIONS: dict[str, Callable[[int, int], Graph]] = {
-    f.__name__: f for f in (norm_quantize, swiglu_quantize, swiglu_backward, norm_backward, rotated, requantize)
-}
+    f.__name__: f
+    for f in (norm_quantize, swiglu_quantize, swiglu_backward, norm_backward, rotated, requantize, requantize_rows,
+              both_ways, swiglu_backward_rows, unpack_rows)
+}  # fmt: skip
 
 
 def check_region(start: Callable[[Kernel | None, Tensors, Tensors], None], region: Graph, kernels: str,
@@ -135,7 +175,8 @@ def check_region(start: Callable[[Kernel | None, Tensors, Tensors], None], regio
     )
     for v, r, mine in zip(region.results, program.results, outputs, strict=True):
         right = evaluate(r.row, operands)
-        right = right.sum(0) if r.kind == "column" else right.reshape(v.type.bound({}))
+        height = math.prod(int(d) for d in program.space)
+        right = placed(right, r.kind, height, r.cols).reshape(v.type.bound({}))
         if mine.dtype == torch.float8_e4m3fn:
             codes_close(mine.cpu(), right.to(torch.float8_e4m3fn), f"{region.name} {v}")
         elif mine.dtype == torch.uint8:

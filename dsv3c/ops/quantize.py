@@ -16,7 +16,19 @@ from dsv3c.dims import ceil_div, multiply
 from dsv3c.ir import DTYPES, DType, Type
 from dsv3c.lazy import lazy
 from dsv3c.op import NO_GRADIENT, Effect, OpDef, Sample, Split, expect, expect_float, io_cost
-from dsv3c.rows import Row, Rowwise, binary, columns, join, largest, repeat, rounded, select, unary
+from dsv3c.rows import (
+    Row,
+    Rowwise,
+    binary,
+    columns,
+    join,
+    largest,
+    largest_down,
+    repeat,
+    rounded,
+    select,
+    unary,
+)
 from dsv3c.tensors import E4M3_MAX, round_to, torch_dtype, wide
 
 if TYPE_CHECKING:
@@ -164,6 +176,11 @@ def _quantize_rows(x: torch.Tensor, *, power_of_two: bool) -> tuple[torch.Tensor
     return _quantize_tile(x.flatten(0, -2).t().contiguous(), power_of_two=power_of_two)
 
 
+def _quantize_rows_row(x: Row, *, power_of_two: bool) -> tuple[Row, Row]:
+    s = scale_row(largest_down(unary("abs", x)), E4M3_MAX, power_of_two)
+    return rounded(x * (1.0 / s), DType.e4m3), s
+
+
 QUANTIZE_ROWS = OpDef(
     name="quantize_rows",
     doc="x[..., n] of R rows transposed, in 128×1 tiles of rows: q e4m3[n, R], s f32[n, ⌈R/128⌉]; operands of Wgrad.",
@@ -173,7 +190,7 @@ QUANTIZE_ROWS = OpDef(
     vjp=NO_GRADIENT,
     shard=(Split((0,), (1, 1)), Split((-1,), (0, 0))),
     effect=Effect.PURE,
-    rows=None,
+    rows=Rowwise(("row",), ("turned", "turned_tile"), _quantize_rows_row),
     aliases=(),
     view=False,
     samples=_samples((2, 128, 6), (133, 5)),
