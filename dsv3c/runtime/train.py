@@ -22,7 +22,7 @@ from dsv3c.job import Recipe
 from dsv3c.plan import Plan
 from dsv3c.runtime.data import Corpus, Sampler, TokenFile, choose_tokenizer, prepare, scan
 from dsv3c.runtime.export import PLAN, write_hf
-from dsv3c.runtime.identity import differences, run_facts
+from dsv3c.runtime.identity import differences, moved, run_facts
 from dsv3c.runtime.metrics import Meter, Metrics, Progress, Value, load_balance
 from dsv3c.runtime.session import Session, StepResult
 from dsv3c.runtime.state import Scalar, latest_state, load_info, load_state, save_state, step_of
@@ -134,12 +134,16 @@ def _check(plan: Plan, steps: int, save_every: int | None) -> None:
 def _check_same(checkpoint: Path, facts: Mapping[str, Scalar]) -> None:
     # The weights are those of the checkpoint, so a run may leave --init out when it goes on.
     now = {name: value for name, value in facts.items() if name != "init" or value is not None}
-    told = differences(load_info(checkpoint), now)
+    saved = load_info(checkpoint)
+    told = differences(saved, now)
     if told:
         raise InputError(
             f"--resume: {checkpoint} belongs to another run: {'; '.join(told)}. Resume with the plan "
             f"{checkpoint.parents[1] / PLAN} and the flags of that run, or choose another --out."
         )
+    note = moved(saved, now)
+    if note is not None:
+        tell(note)
 
 
 def _make_folder(out: Path) -> None:
