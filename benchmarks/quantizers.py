@@ -110,17 +110,14 @@ def inputs_of(node: Node, generator: torch.Generator) -> Tensors:
     slots = next((i for i, v in enumerate(node.inputs) if v.type.dtype is DType.i32 and v.type.rank == 2), None)
     if slots is not None:
         tokens, k = node.inputs[slots].type.bound(SIZES)
-        experts = (next(v.type.bound(SIZES)[0] for v in _flat_maps(node)) - tokens * k) // 128
+        flat = next(v.type for v in node.inputs if v.type.dtype is DType.i32 and v.type.rank == 1)
+        experts = (flat.bound(SIZES)[0] - tokens * k) // 128
         chosen = torch.rand(tokens, experts, generator=generator, device="cuda").argsort(-1)[:, :k].int()
         _, slot, source = REGISTRY["sort_by_expert"].reference(chosen, experts=experts, align=128)
         for i, v in enumerate(node.inputs):
             if v.type.dtype is DType.i32:
                 drawn[i] = slot if v.type.rank == 2 else source
     return tuple(drawn)
-
-
-def _flat_maps(node: Node) -> Iterable[object]:
-    return (v for v in node.inputs if v.type.dtype is DType.i32 and v.type.rank == 1)
 
 
 def poisoned(t: Type) -> torch.Tensor:

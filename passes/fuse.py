@@ -240,7 +240,9 @@ class Grouping:
         if not any(self.tiled[j] for j in members):
             return ""
         whole = next((j for j in members if self.whole[j] or self._sum_read(j, members)), None)
-        return "" if whole is None else f"{self.graph.nodes[whole].op} needs whole rows, tiles of rows are done in parts"
+        if whole is None:
+            return ""
+        return f"{self.graph.nodes[whole].op} needs whole rows, tiles of rows are done in parts"
 
     def _sum_read(self, j: int, members: list[int]) -> bool:
         """Whether a member reads numbers per row that member `j` makes."""

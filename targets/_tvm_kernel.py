@@ -30,8 +30,8 @@ Tensors = "tuple[torch.Tensor, ...]"
 def region_kernel(region: Graph, sizes: Mapping[str, int], kernels: str, cpu: str = CPU_KINDS[0]) -> Kernel | None:
     """The kernel of a fused region: TIR text, and with `kernels` = binary its LLVM text.
 
-    None for `none`, and for a region that is not row-wise as a whole or needs tiles of rows, which then runs op by op. Raises WorkError if
-    TVM cannot compile it.
+    None for `none`, and for a region that is not row-wise as a whole or needs tiles of rows, which then runs op by
+    op. Raises WorkError if TVM cannot compile it.
     """
     if kernels == "none":
         return None
