@@ -145,6 +145,11 @@ def build_parser() -> argparse.ArgumentParser:
     listing = command("list", "list the ops, passes, targets, models or schedules there are")
     listing.add_argument("what", choices=("ops", "passes", "targets", "models", "schedules"), help="what to list")
     _schedule(command("schedule", "make, check and draw a pipeline schedule"))
+    _simulate(command("simulate", "say how long a plan takes on its machine, and where the time goes"))
+    report = command("report", "write one page about a plan: time, memory, schedule, overlap, notes")
+    report.add_argument("plan", metavar="FILE.plan", help="the plan")
+    report.add_argument("-o", "--out", required=True, metavar="FILE.html", help="where to write the page")
+    _machine_flags(report)
     _train(command("train", "train a plan on text"))
     _generate(command("generate", "continue a prompt"))
     _verify(command("verify", "compare a checkpoint's logits, gradients and expert choices with transformers"))
@@ -224,6 +229,17 @@ def _schedule(p: argparse.ArgumentParser) -> None:
     p.add_argument("--transfer", type=_real, default=0.0, metavar="X", help="time from rank to rank (default 0)")
     p.add_argument("--csv", metavar="FILE", help="write it there: a row per rank, cells such as 0F7 or (0F7;7B3)")
     p.add_argument("--svg", metavar="FILE", help="draw it there")
+
+
+def _simulate(p: argparse.ArgumentParser) -> None:
+    p.add_argument("plan", metavar="FILE.plan", help="the plan")
+    p.add_argument("--trace", metavar="FILE.json", help="write there what every stream does when, as a Chrome trace")
+    _machine_flags(p)
+
+
+def _machine_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                   help="another figure of the machine: slow_link=80e9, matrix_flops.e4m3=4e15")  # fmt: skip
 
 
 def _train(p: argparse.ArgumentParser) -> None:

@@ -85,13 +85,14 @@ class RowExchange:
 
 @dataclass(frozen=True)
 class CommPlan:
-    """Everything in comm.json. `units`: SMs for transfers beside computation, 0 for no limit.
+    """Everything in comm.json. `schedule`: its kind. `units`: SMs for transfers beside computation, 0 for no limit.
 
     `local`: ranks of an expert group on one node. `rows`: capacities of symbols that count received and sorted rows.
     `room_bytes`: memory for rows on their way. `crossings[s]`: between stages s and s+1. `transfers`: per pipeline
     rank, in order.
     """
 
+    schedule: str
     two_hop: bool
     units: int
     local: int
@@ -145,6 +146,8 @@ def check(comm: CommPlan, schedule: Schedule, where: str = "the plan") -> None:
     when what it receives is there; a channel between two ranks holds one message.
     """
     verify(schedule)
+    if comm.schedule != schedule.kind:
+        raise InputError(f"{where}: comm.json is for the schedule {comm.schedule}, not {schedule.kind}; compile again")
     if len(comm.transfers) != schedule.ranks or len(comm.crossings) != schedule.stages - 1:
         raise InputError(
             f"{where}: comm.json is for {len(comm.transfers)} pipeline ranks and {len(comm.crossings) + 1} stages, "
@@ -249,7 +252,8 @@ def to_json(comm: CommPlan) -> dict[str, Any]:
 def _plain(comm: CommPlan) -> dict[str, Any]:
     """The fields as JSON knows them, all but those of other records."""
     return {
-        "two_hop": comm.two_hop, "units": comm.units, "local": comm.local, "room_bytes": comm.room_bytes,
+        "schedule": comm.schedule, "two_hop": comm.two_hop, "units": comm.units, "local": comm.local,
+        "room_bytes": comm.room_bytes,
         "groups": [asdict(g) for g in comm.groups],
         "crossings": [{"forward": [list(x) for x in c.forward], "backward": [list(x) for x in c.backward]}
                       for c in comm.crossings],
@@ -262,7 +266,7 @@ def from_json(data: Mapping[str, Any], where: str = "comm.json") -> CommPlan:
     """The record that `to_json` wrote. Raises InputError if it is something else."""
     try:
         return CommPlan(
-            bool(data["two_hop"]), int(data["units"]), int(data["local"]),
+            str(data["schedule"]), bool(data["two_hop"]), int(data["units"]), int(data["local"]),
             tuple(GroupFormula(**g) for g in data["groups"]),
             tuple(Crossing(_named(c["forward"]), _named(c["backward"])) for c in data["crossings"]),
             tuple(tuple(map(_transfer, row)) for row in data["transfers"]),

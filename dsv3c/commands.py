@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from dsv3c.console import number, size, table, tell, write_json
 from dsv3c.errors import InputError
 from dsv3c.files import read_text, write_text
+from dsv3c.report_commands import report as report
+from dsv3c.report_commands import simulate as simulate
 from dsv3c.schedule_commands import schedule as schedule
 
 if TYPE_CHECKING:

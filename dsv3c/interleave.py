@@ -7,7 +7,7 @@ one can be computed while the other communicates. All orders are compared, under
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -125,15 +125,15 @@ def works(times: Times, graphs: Mapping[str, Graph], forward: str, backward: str
 # ---- one order -------------------------------------------------------------------------------------------------------
 
 
-def placed(order: Sequence[Work], rows: int = 1) -> list[Placed]:
-    """When each segment runs if all are started in this order, on two streams that each keep it; `rows` times over.
+def chain(orders: Iterable[Sequence[Work]]) -> list[Placed]:
+    """When each segment of a row of pairs runs if all are started in these orders, on two streams that keep them.
 
     The layers of the next pair follow those of this one: their first segments wait for the last ones of F and B.
     """
     free = {True: 0.0, False: 0.0}
     behind = {FORWARD: 0.0, BACKWARD: 0.0}
     found: list[Placed] = []
-    for _ in range(rows):
+    for order in orders:
         ends: dict[Step, float] = {}
         for work in order:
             ready = max((ends[s] for s in work.needs), default=behind[work.step.which])
@@ -144,6 +144,11 @@ def placed(order: Sequence[Work], rows: int = 1) -> list[Placed]:
             if step.phase is not Phase.W:
                 behind[step.which] = max(behind[step.which], end)
     return found
+
+
+def placed(order: Sequence[Work], rows: int = 1) -> list[Placed]:
+    """When each segment runs in a row of so many equal pairs; see `chain`."""
+    return chain([order] * rows)
 
 
 def span(order: Sequence[Work], rows: int = 1) -> float:

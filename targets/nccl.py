@@ -52,7 +52,7 @@ def plan_communication(program: Program, registry: Registry, schedule: Schedule,
     crossings = _crossings(program, {**given, **rows})
     nodes = tuple(_row_nodes(program, registry))
     plan = CommPlan(
-        two_hop, overlap.communication_units if overlap else 0, local, _groups(mesh, local),
+        schedule.kind, two_hop, overlap.communication_units if overlap else 0, local, _groups(mesh, local),
         crossings, transfers_of(schedule, crossings), _reductions(program, schedule, job),
         tuple(_exchange(times, graph, segment, node) for graph, segment, node in nodes),
         tuple(sorted(rows.items())), room_bytes(program, {**given, **rows}, mesh, job.ranks_per_node), overlap,

@@ -31,7 +31,10 @@ def block(x: f64[B, 4], *, w: f64[4]):
     unused = rms_norm(y, w, eps=1e-06)  # f64[B, 4] @F:block.norm
     return y
 """
-COMMANDS = ("compile", "opt", "inspect", "diff", "list", "schedule", "train", "generate", "verify", "export")
+COMMANDS = (
+    "compile", "opt", "inspect", "diff", "list", "schedule", "simulate", "report", "train", "generate", "verify",
+    "tune", "export",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

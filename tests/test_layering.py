@@ -23,7 +23,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "op rows target schedule schedules tensors job",
         "text verify build",
         "ops interp rewrite capacity state arena chunks notes plan plandiff layout stages selection "
-        "segments costs interleave comm",
+        "segments costs interleave comm machines paper",
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",
         "driver",
