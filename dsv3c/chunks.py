@@ -10,8 +10,9 @@ held.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dsv3c.arena import ALIGNMENT, GraphLayout, SequenceLayout, Slot, lifetimes, place
@@ -149,12 +150,13 @@ def rank_arena(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout])
                 wanted += ((size, since, index) for size in late)
                 found[key] = first, (first + 1,) * len(chunk.late) if together else tuple(
                     range(first + 1, len(wanted)))  # fmt: skip
-    offsets, peak = _packed(wanted)
+    offsets, peak = _packed(tuple(wanted))
     places = {k: ChunkPlace(offsets[h], tuple(offsets[i] for i in late)) for k, (h, late) in found.items()}
     return RankArena(peak, places)
 
 
-def _packed(wanted: list[tuple[int, int, int]]) -> tuple[list[int], int]:
+@functools.lru_cache(maxsize=128)  # ranks that mirror each other, and trials of what does not change it, ask the same
+def _packed(wanted: tuple[tuple[int, int, int], ...]) -> tuple[list[int], int]:
     """Offsets for blocks given as (bytes, start, end), and the peak: the best of three orders of placing them."""
     orders = (
         lambda i: (wanted[i][1], -wanted[i][0], i),
@@ -175,7 +177,7 @@ def _packed(wanted: list[tuple[int, int, int]]) -> tuple[list[int], int]:
     return best
 
 
-def _most_at_once(wanted: list[tuple[int, int, int]]) -> int:
+def _most_at_once(wanted: Iterable[tuple[int, int, int]]) -> int:
     """The most bytes that are held at the same time: no placing takes less."""
     change: dict[int, int] = {}
     for size, start, end in wanted:

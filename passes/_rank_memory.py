@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
 from dsv3c.capacity import capacity, exchange_room
 from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
-from dsv3c.ir import DType, Phase, Program, Type
+from dsv3c.ir import DType, Phase, Program, Sequence, Type
 from dsv3c.job import LANE
 from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
 from dsv3c.schedule import Schedule
@@ -38,29 +39,61 @@ def divided(state: State, headroom: float = 1.0) -> Division:
     lasting = {w.name for w in program.weights}
     if program.has_sequence(PROLOGUE):
         lasting.update(program.sequence(PROLOGUE).results)
-    stages = []
+    stages: list[ChunkLayout] = []
+    alike: dict[object, tuple[tuple[str, ...], ChunkLayout]] = {}
     for i in range(stage_count(program)):
         sequence = program.sequence(stage_name(i))
         fixed = lasting | {f"{COTANGENT}{loss}" for loss in sequence.losses}
         outside = frozenset(name for name, _ in sequence.gradients)
-        stages.append(chunk_layout(program, sequence, state.registry, sizes, outside.__contains__,
-                                   fixed.__contains__, known))  # fmt: skip
+        form, names = _form(sequence, fixed)
+        if form not in alike or not sequence.layers:
+            alike[form] = names, chunk_layout(program, sequence, state.registry, sizes, outside.__contains__,
+                                              fixed.__contains__, known)  # fmt: skip
+        theirs, layout = alike[form]
+        by = dict(zip(theirs, names, strict=True))
+        stages.append(layout if theirs == names else replace(layout, slots=_renamed(layout.slots, by, sequence.name)))
     groups = flat_groups(program, schedule.holders, job.mesh)
     room = exchange_room(program, sizes, job.mesh.ep, job.ranks_per_node)
     arenas, ranks, prologues = [], [], []
+    alike_first: dict[object, tuple[tuple[str, ...], SequenceLayout]] = {}
     for rank in range(schedule.ranks):
         held = schedule.held(rank)
         arenas.append(rank_arena(schedule, rank, {s: stages[s] for s in held}))
         spaces = sum(max(stages[s].workspace[phase] for s in held) for phase in Phase)
         first = prologue_of(program, held)
-        prologue = sequence_layout(program, first, state.registry, sizes) if first else None
-        prologues += [replace(prologue, sequence=f"{PROLOGUE}.{rank}")] if prologue else []
+        prologue = None
+        if first is not None:
+            form, names = _form(first, lasting)
+            if form not in alike_first:
+                alike_first[form] = names, sequence_layout(program, first, state.registry, sizes)
+            theirs, prologue = alike_first[form]
+            prologue = _renamed(prologue, dict(zip(theirs, names, strict=True)), f"{PROLOGUE}.{rank}")
+            prologues.append(prologue)
         gradients, optimizer = _trained(groups, rank, state)
         ranks.append(RankMemory(
             rank, _whole(program, held) + (prologue.bytes if prologue else 0), gradients, optimizer,
             arenas[-1].bytes + spaces, room + _between(program, held, schedule, sizes),
         ))  # fmt: skip
     return Division(tuple(stages), tuple(arenas), tuple(ranks), tuple(prologues))
+
+
+def _form(sequence: Sequence, lasting: Collection[str]) -> tuple[object, tuple[str, ...]]:
+    """What decides the layout of a sequence, with numbers for names, and the names in the order of their numbers."""
+    numbers: dict[str, int] = {}
+
+    def number(names: Iterable[str]) -> tuple[int, ...]:
+        return tuple(numbers.setdefault(n, len(numbers)) for n in names)
+
+    layers = tuple((y.phase, y.graph, number(y.inputs), number(y.weights), number(y.outputs)) for y in sequence.layers)
+    ends = number(sequence.inputs), number(sequence.results), number(n for n, _ in sequence.gradients)
+    marks = tuple((n in lasting, n.startswith(COTANGENT)) for n in numbers)
+    return (layers, ends, marks), tuple(numbers)
+
+
+def _renamed(layout: SequenceLayout, by: Mapping[str, str], name: str) -> SequenceLayout:
+    """The layout of a sequence of the same form."""
+    roots = {by[n]: by[r] for n, r in layout.roots.items()}
+    return replace(layout, sequence=name, roots=roots, slots=tuple(replace(s, name=by[s.name]) for s in layout.slots))
 
 
 def _whole(program: Program, stages: tuple[int, ...]) -> int:

@@ -10,7 +10,7 @@ from dsv3c.build import Builder
 from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Type, Value
 from dsv3c.op import Registry
 from dsv3c.passes.differentiate import JOINT
-from dsv3c.rewrite import is_view, place_of
+from dsv3c.rewrite import CALL, is_view, place_of
 from dsv3c.state import Cut as CutRecord
 from dsv3c.state import Pass, State, TakeNote
 
@@ -72,7 +72,8 @@ def _with_early_gradients(joint: Graph, state: State, note: TakeNote) -> Graph:
 
     for i, node in enumerate(nodes):
         phases = {nodes[made[v.name]].phase for v in node.inputs if v.name in made}
-        if node.phase is not Phase.W or Phase.W in phases or not all(v.name in results for v in node.outputs):
+        ends = node.phase is Phase.W and Phase.W not in phases and all(v.name in results for v in node.outputs)
+        if not ends or _multiplies(node, state.registry):
             continue
         if not set(joint.symbols) <= sizes.keys():
             note("kept", place_of(node), "sizes of symbols are unknown, so nothing is made early")
@@ -88,6 +89,14 @@ def _with_early_gradients(joint: Graph, state: State, note: TakeNote) -> Graph:
             where = f"{joint.name.removesuffix(JOINT)}.{place_of(node)}"
             note("early", where, f"{node.outputs[0]} is made in B, which else would keep {spared}")
     return joint.but(nodes=tuple(nodes))
+
+
+def _multiplies(node: Node, registry: Registry) -> bool:
+    """Whether a node is a matrix product, which is worth doing later."""
+    if node.op == CALL:
+        return False
+    types = tuple(tuple(v.type for v in values) for values in (node.inputs, node.outputs))
+    return registry[node.op].cost(*types, **dict(node.attrs)).flops != 0
 
 
 @dataclass(frozen=True, slots=True)
