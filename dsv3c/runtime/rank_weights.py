@@ -75,8 +75,9 @@ class RankWeights:
         self._layout = sorted(flat_groups(program, holders_of, self.mesh), key=lambda g: GROUPS.index(g.optimizer))
         self._flats: list[_Flat] = []
         for layout in self._layout:
+            members = world.group(ranks_of(layout, self.mesh, world.rank))
             if world.pp_index in layout.holders:
-                self._allocate(layout)
+                self._allocate(layout, members)
         self._spans = {s.name: (flat, s) for flat in self._flats for s in flat.layout.weights}
         held = _holders(program, holders_of)
         self._biases = {w.name: held[w.name] for w in program.weights if w.name in held and w.group == STATE}
@@ -86,8 +87,7 @@ class RankWeights:
             kind = program.weight(name).type
             self.tensors[name] = torch.zeros(kind.bound({}), dtype=torch_dtype(kind.dtype), device=self.device)
 
-    def _allocate(self, layout: FlatGroup) -> None:
-        members = self.world.group(ranks_of(layout, self.mesh, self.world.rank))
+    def _allocate(self, layout: FlatGroup, members: Members) -> None:
         whole = torch.zeros(layout.rows, LANE, dtype=torch_dtype(self.wide), device=self.device)
         rows = layout.rows // members.size
         own = whole[members.index * rows : (members.index + 1) * rows]

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from dsv3c.capacity import capacity
+from dsv3c.comm import CommPlan, check, from_json
+from dsv3c.dims import bind
 from dsv3c.errors import InputError, WorkError
+from dsv3c.ir import Program
 from dsv3c.job import Recipe
 from dsv3c.models import MODELS
 from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Plan
-from dsv3c.runtime.actions import Actions
+from dsv3c.runtime.actions import Actions, Border
 from dsv3c.runtime.collectives import CHANNELS
 from dsv3c.runtime.epilogue import Epilogue
 from dsv3c.runtime.exchange import Exchange
 from dsv3c.runtime.executor import Engine, prepare_sequence
 from dsv3c.runtime.lanes import Lanes
+from dsv3c.runtime.peers import GroupPeers
 from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.runner import Runner
 from dsv3c.runtime.session import StepResult
 from dsv3c.runtime.stages import Chunk, bind_stages
 from dsv3c.runtime.world import World
-from dsv3c.schedule import parse_csv
+from dsv3c.schedule import Schedule, parse_csv
 from dsv3c.schedules import verify
-from dsv3c.stages import prologue_of, received, sent, stage_name
+from dsv3c.stages import prologue_of, stage_name
+from dsv3c.target import Target
 from dsv3c.targets import find
 from dsv3c.tensors import torch_dtype
 
 
-def connect(plan: Plan, device: str) -> World:
-    """This process among the ranks of `plan`, as torchrun started them; see `World.connect`."""
+def division(plan: Plan) -> tuple[Schedule, CommPlan]:
+    """The schedule and the communication of a plan for many ranks, proven to fit together.
+
+    Raises InputError if a dependency is not met, a message has no counterpart, or the ranks would wait for each other.
+    """
+    comm = from_json(plan.comm)
+    schedule = parse_csv(plan.schedule, comm.schedule)
+    verify(schedule)
+    check(comm, schedule)
+    return schedule, comm
+
+
+def connect(plan: Plan) -> World:
+    """This process among the ranks of `plan`, as torchrun started them; see `World.connect`.
+
+    Raises also what `division` raises, before any rank waits for another.
+    """
+    _, comm = division(plan)
+    device = find(plan.target).device or "cpu"
     digest = hashlib.sha256(plan.to_bytes()).hexdigest()
-    return World.connect(plan.job.mesh, plan.job.ranks_per_node, device, digest)
+    return World.connect(plan.job.mesh, plan.job.ranks_per_node, device, digest, ctas=comm.units or None)
+
+
+def borders(comm: CommPlan) -> list[Border]:
+    """For each stage what it receives and what it sends, forward and backward."""
+    ends = [((), ()), *((tuple(n for n, _ in c.forward), tuple(n for n, _ in c.backward)) for c in comm.crossings),
+            ((), ())]  # fmt: skip
+    return [((before[0], after[1]), (after[0], before[1])) for before, after in itertools.pairwise(ends)]
+
+
+def _exchange(program: Program, comm: CommPlan, world: World, sizes: Mapping[str, int], target: Target) -> Exchange:
+    """What sends rows to experts, with the room that the sorted rows have."""
+    sorts = [n for g in program.graphs for n in g.nodes if n.op == "sort_by_expert" and dict(n.attrs).get("rows")]
+    rows = {bind(n.outputs[2].type.shape[0], sizes) for n in sorts}
+    align = {int(str(n.attr("align"))) for n in sorts}
+    return Exchange(world, comm.two_hop, min(rows, default=0), max(align, default=1),
+                    target.implementations.get("unpermute"))  # fmt: skip
 
 
 class RankSession:
@@ -64,22 +102,21 @@ class RankSession:
         target = find(plan.target)
         if target.load is None or target.device is None:
             raise InputError(f"a plan for {target.name} cannot run here; compile for --target cpu")
-        self.schedule = parse_csv(plan.schedule, str(plan.comm["schedule"]))
+        self.schedule, self.comm = division(plan)
         occupancy = verify(self.schedule)
         held = self.schedule.held(world.pp_index)
-        exchange = Exchange(world, two_hop=bool(plan.comm.get("two_hop")))
         kernels = {k.op: target.load(k) for k in plan.kernels}
+        sizes = {"B": job.micro_batch, "S": job.seq, "C": job.seq, **dict(self.comm.rows)}
+        exchange = _exchange(self.program, self.comm, world, sizes, target)
         self.engine = Engine(self.program, REGISTRY, target, kernels, exchange.prepare)
         self.weights = RankWeights(self.program, self.schedule.holders, world)
         if weights is None:
             self.weights.initialize(seed, self.family.parts)
         else:
-            self.weights.load_hf(weights, self.family.parts)
+            self.weights.load_hf(weights, self.family.parts, GroupPeers())
         self._epilogue = Epilogue(self.engine, self.weights, self.recipe)
-        self._prologue = self._bind_prologue(held)
-        sizes = {"B": job.micro_batch, "S": job.seq, "C": job.seq}
-        sizes |= capacity(self.program, sizes, job.expert_headroom)
-        tensors = {**self.weights.tensors, **(self._prologue.values if self._prologue else {})}
+        self._prologue, self._hoisted = self._bind_prologue(held)
+        tensors = self.weights.tensors | self._hoisted
         chunks = {s: occupancy.chunks[world.pp_index, s] for s in held}
         share = job.micro_batch / job.global_batch
         self._losses = tuple(n for s in range(self.schedule.stages)
@@ -93,10 +130,10 @@ class RankSession:
         experts = self.config.n_routed_experts
         self._load_table = torch.zeros(len(self._biases), experts, dtype=wide, device=self.device)
         self.lanes = Lanes(self.device, recording)
-        borders = [(received(self.program, s), sent(self.program, s)) for s in range(self.schedule.stages)]
+        orders = {(p.forward, p.backward): p.steps for p in self.comm.overlap.pairs} if self.comm.overlap else {}
         self._actions = Actions(
-            self.schedule, world.pp_index, self.stages, borders, {c: world.channel(c) for c in CHANNELS}, self.lanes,
-            {}, self._collect, lambda i: watch(str(i)),
+            self.schedule, world.pp_index, self.stages, borders(self.comm), {c: world.channel(c) for c in CHANNELS},
+            self.lanes, orders, self._collect, lambda i: watch(str(i)),
         )  # fmt: skip
         self._stale = True
 
@@ -138,11 +175,13 @@ class RankSession:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _bind_prologue(self, held: tuple[int, ...]) -> Runner | None:
+    def _bind_prologue(self, held: tuple[int, ...]) -> tuple[Runner | None, dict[str, torch.Tensor]]:
+        """The prologue of the stages held here, on the gathered weights, and what it gives."""
         sequence = prologue_of(self.program, held)
         if sequence is None or not sequence.layers:
-            return None
-        return prepare_sequence(self.engine, sequence, {}, self.weights.gathered())
+            return None, {}
+        runner = prepare_sequence(self.engine, sequence, {}, self.weights.gathered())
+        return runner, {n: runner.values[n] for n in sequence.results}
 
     def _refresh(self) -> None:
         """Whole weights from the shards, in the forms that layers read; then gradients start from zero."""

@@ -65,7 +65,7 @@ def code_digest() -> str:
 class World:
     """This rank among the ranks of `mesh`. Make one with `connect` (torchrun) or `local` (one process).
 
-    Process groups are made when first asked for: all their members must ask, in the same order. `ctas` limits the SMs
+    Process groups are made when first asked for, in the same order on all ranks. `ctas` limits the SMs
     of NCCL transfers that run beside computation.
     """
 
@@ -137,16 +137,18 @@ class World:
         """The pipeline channel `name` (one of CHANNELS) of this rank: to the stages before and after its own."""
         pairs = {}
         for low in range(self.mesh.pp - 1):
-            if self.pp_index in (low, low + 1):
-                ranks = (self.rank_at(low, self.dp_index), self.rank_at(low + 1, self.dp_index))
-                pairs[2 * low + 1 - self.pp_index] = self.group(ranks, f"channel.{name}", self.ctas)
+            ranks = (self.rank_at(low, self.dp_index), self.rank_at(low + 1, self.dp_index))
+            group = self.group(ranks, f"channel.{name}", self.ctas)
+            if self.rank in ranks:
+                pairs[2 * low + 1 - self.pp_index] = group
         return Channel(name, pairs)
 
     def group(self, ranks: tuple[int, ...], kind: str = "reduce", ctas: int | None = None) -> Group:
-        """The process group of `ranks` (ascending), of which this rank is one; one for each `kind`.
+        """The process group of `ranks` (ascending); one for each `kind`.
 
-        Every member must ask for its groups in the same order. On NCCL all connections are made at once, so that no
-        later transfer waits for that.
+        All ranks ask for as many groups as large, in the same order, also for those that they are not in: torch names
+        a group after its ranks and how many there are on each of them. On NCCL all connections are made at once, so
+        that no later transfer waits for that.
         """
         key = (kind, ranks)
         if key not in self._groups:
@@ -154,9 +156,12 @@ class World:
         return self._groups[key]
 
     def _make(self, ranks: tuple[int, ...], ctas: int | None) -> Group:
-        index = ranks.index(self.rank)
         if len(ranks) == 1:
             return Group(ranks, 0, None)
+        if self.rank not in ranks:
+            dist.new_group([self.rank], backend="gloo", use_local_synchronization=True)
+            return Group(ranks, -1, None)
+        index = ranks.index(self.rank)
         silence = datetime.timedelta(seconds=self.timeout)
         if self.backend == "gloo":
             made = dist.new_group(ranks, timeout=silence, backend="gloo", use_local_synchronization=True)
