@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,16 +12,20 @@ from typing import TYPE_CHECKING
 
 from dsv3c import pipeline
 from dsv3c.arena import BufferPlan, Slot
+from dsv3c.capacity import capacity
 from dsv3c.comm import to_json
+from dsv3c.costs import Times
 from dsv3c.errors import InputError, did_you_mean
 from dsv3c.ir import DType, Graph, Program, Type
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
 from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
 from dsv3c.ops import REGISTRY
+from dsv3c.passes.differentiate import JOINT
 from dsv3c.passes.plan_buffers import PlanBuffers, plan_memory, rank_memory
 from dsv3c.passes.recompute import Recompute
 from dsv3c.plan import MEMORY_KINDS, Json, Memory, Parameters, Plan, StoredWeight, load_plan
+from dsv3c.rewrite import crosses_ranks
 from dsv3c.schedule import show_csv
 from dsv3c.selection import select
 from dsv3c.stages import stage_count, stage_name
@@ -153,6 +158,10 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
 LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = 2.0**-4, 2.0**10, 10
 """Milliseconds per GiB between which `settle_price` searches, and by how many halvings of their ratio."""
 
+SPARING, SPARING_STEPS, CHEAP = 4.0, 4, 1e-3
+"""Where experts on other ranks may get more rows than balanced load brings, memory is spared beyond what must be: up to
+so many times the price, in so many steps, as long as that adds less than this share to the time."""
+
 OVERSIZE_PRICE = 3.6
 """The price where no price makes the plan fit and `--allow-oversize` wants one all the same: norms, up-projections
 and activation functions are computed again and attention is not, which costs a few percent of the time."""
@@ -189,10 +198,33 @@ def settle_price(one: Pass, state: State, rest: tuple[Pass, ...], note: TakeNote
                 middle = float(f"{(low * high) ** 0.5:.4g}")
                 low, high = (low, middle) if fits(middle) else (middle, high)
             note("priced", "memory", f"{high:g} ms per GiB: the lowest price at which the plan fits {there}")
-            return Recompute(high)
+            more = _spared(high, state)
+            if more > high:
+                note("priced", "headroom", f"{more:g} ms per GiB: room for uneven experts that costs hardly any time")
+            return Recompute(more)
     price = OVERSIZE_PRICE if state.job.allow_oversize else HIGHEST_PRICE
     note("priced", "memory", f"{price:g} ms per GiB, since at no price the plan fits {there}")
     return Recompute(price)
+
+
+def _spared(price: float, state: State) -> float:
+    """The highest price, up to SPARING times `price`, that adds less than CHEAP to the time of all layers; `price`
+    itself if no rows are exchanged, whose number varies."""
+    if state.machine is None or not capacity(state.program, state.sizes):
+        return price
+    times = Times.of(state.program, state.registry, state.sizes, state.machine)
+    uses = Counter(y.graph + JOINT for s in state.program.sequences if s.losses for y in s.layers)
+
+    def seconds(at: float) -> float:
+        total = 0.0
+        for g in Recompute(at).run(state, _silent).program.graphs:
+            if g.name in uses:
+                total += uses[g.name] * sum(times.seconds(n) for n in g.nodes if not crosses_ranks(n))
+        return total
+
+    limit = seconds(price) * (1 + CHEAP)
+    tried = (float(f"{price * SPARING ** (k / SPARING_STEPS):.4g}") for k in range(SPARING_STEPS, 0, -1))
+    return next((p for p in tried if seconds(p) <= limit), price)
 
 
 def _scheduled(one: Recompute, state: State, behind: tuple[Pass, ...]) -> State:
