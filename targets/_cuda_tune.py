@@ -129,9 +129,11 @@ def _alike(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _median_ms(runs: dict[str, Call], rounds: int) -> dict[str, float]:
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     times: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs.items())
     for turn in range(rounds + 2):
         marks = []
-        for name, run in runs.items():
+        start_at = turn % max(len(order), 1)  # no contestant is always the first after a pause
+        for name, run in order[start_at:] + order[:start_at]:
             flush.zero_()
             torch.cuda._sleep(100_000)  # the host gets ahead, so that short kernels do not wait for their launch
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

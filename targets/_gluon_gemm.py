@@ -32,7 +32,7 @@ class GemmSpec:
     `dense`: one product. `grouped_rows`: rows offsets[e]:offsets[e+1] of A meet B[e] of B[experts, N, K]; offsets are
     multiples of 128, and rows outside all groups are left as they are. `grouped_k`: C[e] = A[:, offsets[e]:
     offsets[e+1]] · B[:, same] transposed, or with `accumulate_f32` C[e] +=; offsets are multiples of 128, an empty
-    group gives zeros.
+    group gives zeros. With several groups, `f32` needs M to be a multiple of 64: stores are that high.
     `e4m3` operands carry float32 scales: A one per 1×128, stored [K/128, a_scale_stride]; B one per 128×128, stored
     [N/128, K/128], but for `grouped_k` as A's, [K/128, b_scale_stride].
     `bm`, `bn`: the tile of one block. `stages`: depth of the ring. `raster`: how many tile rows are swept together,
@@ -385,8 +385,8 @@ def _store(spec: GemmSpec) -> list[str]:
                 f"tma.async_copy_shared_to_global(c_desc, [{first_row}, {at}], out)",
             ]
         # A tile may reach past its expert's rows; those belong to the next expert.
-        if spec.kind == "grouped_rows":
-            write = ["if tile_row < stop:", *_indent(write, 1)]
+        if spec.grouped:
+            write = [f"if tile_row < {'M' if spec.kind == 'grouped_k' else 'stop'}:", *_indent(write, 1)]
         lines += [*here, *write]
     return lines
 

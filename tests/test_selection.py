@@ -82,6 +82,12 @@ def test_cublaslt_takes_whole_tiles_only(rows: int, n: int, k: int, found: bool)
     assert ("cublaslt" in candidates(Product("linear_fp8", "e4m3", rows, n, k))) is found
 
 
+def test_results_of_groups_that_are_no_whole_stores_are_added_to_zeros() -> None:
+    for n, groups, output in ((576, 4, "f32"), (592, 4, "accumulate_f32"), (592, 1, "f32")):
+        p = Product("grouped_linear_fp8_wgrad", "e4m3", 4096, n, 512, groups)
+        assert spec_of(p, candidates(p)[0]).output == output
+
+
 def test_odd_sizes_go_through_float32_and_say_so() -> None:
     choice = choose(Product("linear_fp8", "e4m3", 4096, 70, 50), "auto", TABLE)
     assert choice.implementation == "torch" and not choice.kernel
