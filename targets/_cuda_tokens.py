@@ -84,7 +84,7 @@ def cross_entropy_grad(inputs: Tensors, outputs: Tensors) -> Call:
     return run
 
 
-def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int) -> Call:
+def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int, rows: str = "") -> Call:
     """Count in chunks, add up over chunks, place: the order of choices is kept, so that bits repeat."""
     (e,), (offsets, slot, source) = inputs, outputs
     count, names = e.numel(), width(experts, 2**30)

@@ -88,7 +88,7 @@ def dispatch(inputs: Tensors, outputs: Tensors) -> Call:
     return run
 
 
-def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int) -> Call:
+def sort_by_expert(inputs: Tensors, outputs: Tensors, *, experts: int, align: int, rows: str = "") -> Call:
     (e,), (offsets, slot, source) = (tuple(t.numpy() for t in ts) for ts in (inputs, outputs))
     flat = slot.reshape(-1)
 

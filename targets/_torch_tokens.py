@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dsv3c.lazy import lazy
+from dsv3c.ops.permute import SORT_BY_EXPERT
 from dsv3c.target import Implementation
 from dsv3c.targets._scratch import scratch, widened
 
@@ -180,12 +181,29 @@ def sum_squares(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, .
     return run
 
 
+def sort_by_expert(inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...], *, experts: int, align: int,
+                   rows: str = "") -> Call:  # fmt: skip
+    """As the reference, with as many rows as there is memory for: more never come, by how tokens were sent."""
+    (e,), (offsets, slot, source) = inputs, outputs
+    room = source.numel()
+
+    def run() -> None:
+        begins, places, origins = SORT_BY_EXPERT.reference(e, experts=experts, align=align)
+        offsets.copy_(begins)
+        slot.copy_(places)
+        source[origins.numel() :] = -1
+        source[: origins.numel()].copy_(origins[:room])
+
+    return run
+
+
 TOKENS = (
     Implementation("embedding", embedding),
     Implementation("embedding_wgrad", embedding_wgrad, accumulates=True),
     Implementation("cross_entropy", cross_entropy),
     Implementation("cross_entropy_grad", cross_entropy_grad),
     Implementation("choose_experts", choose_experts),
+    Implementation("sort_by_expert", sort_by_expert),
     Implementation("permute", permute),
     Implementation("unpermute", unpermute),
     Implementation("permute_weights", permute_weights),
