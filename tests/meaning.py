@@ -3,7 +3,8 @@
 Three kinds of proof. A graph that kept its parameters gives the same results. A sequence gives the same results,
 losses, and gradient of every weight. A graph that was differentiated or cut gives the same results and gradients.
 Joint graphs beside a sequence stand for its backward pass: `cut` writes it out. Where the first program has none,
-torch's autograd of the references stands in.
+torch's autograd of the references stands in. A program divided into stages runs them one after the other, each on what
+its neighbours send; one whose experts are divided runs on all ranks in lockstep, each on inputs of its own.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from dataclasses import dataclass, field
 import torch
 
 from dsv3c import interp
-from dsv3c.ir import Graph, Program, Type
+from dsv3c.ir import Graph, Layer, Phase, Program, Type
 from dsv3c.ir import Sequence as Layers
 from dsv3c.op import Registry
 from dsv3c.passes.cut import Cut
 from dsv3c.passes.differentiate import JOINT
+from dsv3c.rewrite import crosses_ranks
+from dsv3c.stages import sent, stage_count, stage_name
 from dsv3c.state import State
 from dsv3c.tensors import round_to, torch_dtype
 
@@ -74,10 +77,17 @@ class Proof:
         if _has_joints(after):
             before, after = self._finished(before), self._finished(after)
         proven: list[str] = []
+        ranks = max((w.parts for w in after.weights), default=1)
         for s in before.sequences:
-            if after.has_sequence(s.name):
+            if after.has_sequence(s.name) and ranks > max((w.parts for w in before.weights), default=1):
+                self._in_lockstep(before, s, after, after.sequence(s.name), ranks)
+            elif after.has_sequence(s.name):
                 self._sequence(before, s, after, after.sequence(s.name))
-                proven.append(s.name)
+            elif s.name == "train" and stage_count(after):
+                self._in_stages(before, s, after)
+            else:
+                continue
+            proven.append(s.name)
         for g in self.before.graphs:
             if self._graph(g):
                 proven.append(g.name)
@@ -117,6 +127,9 @@ class Proof:
     def _graph(self, old: Graph) -> bool:
         """Prove what became of one graph; False if its signature changed in a way that only sequences can prove."""
         name = old.name.removesuffix(JOINT)
+        versions = [self.after.graph(n) for n in (name, name + JOINT) if self.after.has_graph(n)]
+        if any(crosses_ranks(n) for g in versions for n in g.nodes):
+            return False
         same = False
         if self.after.has_graph(old.name) and len(self.after.graph(old.name).results) == len(old.results):
             new = self.after.graph(old.name)
@@ -203,30 +216,97 @@ class Proof:
             for weight, g in theirs.items():
                 self._equal(f"{old.name}: gradient of {weight}", g, mine[weight])
 
-    def _execute(self, program: Program, sequence: Layers, autograd: bool = False) -> Tensors:
-        """Every value of a sequence by name, weights included; what a prologue makes is made first."""
-        known: Tensors = {}
-        if program.has_sequence(PROLOGUE) and sequence.name != PROLOGUE:
-            made = self._execute(program, program.sequence(PROLOGUE))
-            known |= {name: made[name] for name in program.sequence(PROLOGUE).results}
-        for w in program.weights:
-            tensor = self.draw.tensor(w.name, w.type)
-            known[w.name] = tensor.requires_grad_(autograd and w.type.dtype.is_float and w.group != "state")
-        table = {g.name: g for g in program.graphs}
-        for layer in sequence.layers:
-            graph = table[layer.graph]
-            for v, name in zip(graph.inputs, layer.inputs, strict=True):
-                if name not in known:
-                    assert name in sequence.inputs, f"{sequence.name}: nothing writes {name}"
-                    known[name] = torch.ones(()).to(torch_dtype(v.type.dtype)) if _is_loss_weight(name, sequence) \
-                        else self.draw.tensor(name, v.type)  # fmt: skip
-            arguments = dict(zip((v.name for v in graph.params),
-                                 (known[n] for n in layer.inputs + layer.weights), strict=True))  # fmt: skip
-            if not autograd:
-                arguments = {name: t.clone() for name, t in arguments.items()}
-            made = interp.run(graph, arguments, self.registry, table)
-            known |= {name: made[v.name] for v, name in zip(graph.results, layer.outputs, strict=True)}
+    def _execute(self, program: Program, sequence: Layers, autograd: bool = False, rank: str = "") -> Tensors:
+        """Every value of a sequence by name, weights included; what a prologue makes is made first.
+
+        `rank` goes before the names of inputs when they are drawn.
+        """
+        (known,) = self._execute_ranks(program, sequence, autograd, (rank,), program)
         return known
+
+    def _execute_ranks(self, program: Program, sequence: Layers, autograd: bool, ranks: tuple[str, ...],
+                       whole: Program) -> list[Tensors]:  # fmt: skip
+        """The same on several ranks in lockstep; each has its part of the weights of `whole`."""
+        known: list[Tensors] = [{} for _ in ranks]
+        if program.has_sequence(PROLOGUE) and sequence.name != PROLOGUE:
+            made = self._execute_ranks(program, program.sequence(PROLOGUE), False, ranks, whole)
+            for k, values in zip(known, made, strict=True):
+                k |= {name: values[name] for name in program.sequence(PROLOGUE).results}
+        for w in program.weights:
+            for i, k in enumerate(known):
+                tensor = _part(self.draw.tensor(w.name, whole.weight(w.name).type), w.parts, i)
+                k[w.name] = tensor.requires_grad_(autograd and w.type.dtype.is_float and w.group != "state")
+        for layer in sequence.layers:
+            self._layer(program, sequence, layer, known, autograd, ranks)
+        return known
+
+    def _layer(self, program: Program, sequence: Layers, layer: Layer, known: list[Tensors], autograd: bool,
+               ranks: tuple[str, ...]) -> None:  # fmt: skip
+        """Run one layer on all ranks; inputs that nothing made are drawn."""
+        table = {g.name: g for g in program.graphs}
+        graph = table[layer.graph]
+        for v, name in zip(graph.inputs, layer.inputs, strict=True):
+            for k, rank in zip(known, ranks, strict=True):
+                if name not in k:
+                    assert name in sequence.inputs, f"{sequence.name}: nothing writes {name}"
+                    k[name] = torch.ones(()).to(torch_dtype(v.type.dtype)) if _is_loss_weight(name, sequence) \
+                        else self.draw.tensor(rank + name, v.type)  # fmt: skip
+        bound = layer.inputs + layer.weights
+        arguments = [{v.name: k[n] if autograd else k[n].clone() for v, n in zip(graph.params, bound, strict=True)}
+                     for k in known]  # fmt: skip
+        made = interp.run_ranks(graph, arguments, self.registry, table)
+        for k, values in zip(known, made, strict=True):
+            k |= {name: values[v.name] for v, name in zip(graph.results, layer.outputs, strict=True)}
+
+    # ---- many ranks -------------------------------------------------------------------------------------------------
+
+    def _in_lockstep(self, before: Program, old: Layers, after: Program, new: Layers, ranks: int) -> None:
+        """Each rank's results are those of one rank on the same inputs; the gradient of its experts is its part of the
+        sum over all ranks."""
+        names = tuple(f"rank{r}:" for r in range(ranks))
+        many = self._execute_ranks(after, new, False, names, before)
+        alone = [self._execute(before, old, bool(new.gradients) and not old.gradients, r) for r in names]
+        expected = [self._expected_gradients(old, a) for a in alone] if new.gradients else []
+        for r, (a, b) in enumerate(zip(alone, many, strict=True)):
+            for name in (*old.results, *old.losses):
+                self._equal(f"{old.name} on rank {r}: {name}", a[name], b[name])
+            mine = self._gradients(new, b)
+            for weight, found in mine.items():
+                parts = after.weight(weight).parts
+                total = torch.stack([e[weight] for e in expected]).sum(0) if parts > 1 else expected[r][weight]
+                self._equal(f"{old.name} on rank {r}: gradient of {weight}", _part(total, parts, r), found)
+            assert not expected or mine.keys() == expected[r].keys()
+
+    def _in_stages(self, before: Program, old: Layers, after: Program) -> None:
+        """Forward through all stages and back, each stage knowing only what its neighbours sent it."""
+        a = self._execute(before, old, autograd=not old.gradients)
+        count = stage_count(after)
+        stages = [after.sequence(stage_name(i)) for i in range(count)]
+        lasting = self._execute(after, Layers("nothing", (), (), ()))
+        known = [dict(lasting) for _ in stages]
+        for i, stage in enumerate(stages):
+            if i:
+                known[i] |= {name: known[i - 1][name] for name in sent(after, i - 1)[0]}
+            for y in (y for y in stage.layers if y.phase is Phase.F):
+                self._layer(after, stage, y, [known[i]], False, ("",))
+        for i, stage in reversed(list(enumerate(stages))):
+            if i + 1 < count:
+                known[i] |= {name: known[i + 1][name] for name in sent(after, i + 1)[1]}
+            for y in (y for y in stage.layers if y.phase is not Phase.F):
+                self._layer(after, stage, y, [known[i]], False, ("",))
+        found: Tensors = {}
+        for stage, values in zip(stages, known, strict=True):
+            for name in stage.results:
+                assert name in values, f"{stage.name} returns {name}, which it does not have"
+            for weight, g in self._gradients(stage, values).items():
+                found[weight] = found[weight] + g if weight in found else g
+        for name in (*old.results, *old.losses):
+            (home,) = [k for s, k in zip(stages, known, strict=True) if name in s.results and name in (*s.losses, *k)]
+            self._equal(f"{old.name}: {name}", a[name], home[name])
+        theirs = self._expected_gradients(old, a)
+        assert found.keys() == theirs.keys(), f"{old.name}: gradients of {sorted(found.keys() ^ theirs.keys())}"
+        for weight, g in theirs.items():
+            self._equal(f"{old.name}: gradient of {weight}", g, found[weight])
 
     def _gradients(self, sequence: Layers, values: Tensors) -> Tensors:
         total: Tensors = {}
@@ -254,6 +334,11 @@ class Proof:
             return
         error = (a - b).norm().item() / max(a.norm().item(), 1e-30) if not torch.equal(a, b) else 0.0
         assert error <= self.tolerance, f"{what} differs by {error:.2e}, tolerance {self.tolerance:.0e}"
+
+
+def _part(tensor: torch.Tensor, parts: int, rank: int) -> torch.Tensor:
+    """One rank's part of the leading axis."""
+    return tensor.chunk(parts)[rank % parts].clone() if parts > 1 else tensor
 
 
 def _has_joints(program: Program) -> bool:
