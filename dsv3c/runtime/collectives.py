@@ -19,7 +19,7 @@ CHANNELS = ("f0", "b0", "f1", "b1")
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 256 << 20
 """Temporary memory of one step of `exchange_shards`."""
 
 
