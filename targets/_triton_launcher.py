@@ -74,7 +74,7 @@ class RegionLauncher:
         before: list[Call] = []
         after: list[Call] = []
         tensors: list[torch.Tensor] = []
-        values: dict[str, int | tuple[int]] = {"rows": rows, "inner": inner}
+        values: dict[str, int | tuple[int]] = {"rows": rows, "inner": inner, "outer": rows // inner}
         for i, (t, e) in enumerate(zip((*inputs, *outputs), expected, strict=True)):
             output = i >= len(inputs)
             name = f"y{i - len(inputs)}" if output else f"x{i}"

@@ -7,6 +7,7 @@ TVM's own casts to 8-bit floats are wrong and its exp is a call per number, henc
 from __future__ import annotations
 
 import math
+import struct
 from typing import Protocol
 
 from dsv3c.ir import DType
@@ -38,6 +39,13 @@ def number(value: float, wide: str) -> str:
 
 def _bits(x: str) -> str:
     return f'T.reinterpret("uint32", {x})'
+
+
+def _word(value: float, word: str) -> str:
+    """The bits of a constant as an integer of type `word`; TVM's CUDA would take the address of the constant."""
+    single = word.endswith("32")
+    bits: int = struct.unpack("<I" if single else "<Q", struct.pack("<f" if single else "<d", value))[0]
+    return f"T.{word}({bits})"
 
 
 def _is_nan(x: str, wide: str) -> str:
@@ -121,9 +129,9 @@ def _rounded_small(x: str, wide: str, mantissa: int, least: int, top: float, let
     up = f"T.bitwise_and(T.shift_right({u}, T.{word}({drop})), T.{word}(1))"
     cut = f"T.shift_right({u} + T.{word}({2 ** (drop - 1) - 1}) + {up}, T.{word}({drop}))"
     normal = let(f"T.shift_left({cut}, T.{word}({drop}))", word)
-    magic = number(2.0 ** (full + least - mantissa), wide)
-    tiny = let(f"{a} + {magic}", wide)
-    steps = let(f'T.reinterpret("{word}", {tiny}) - T.reinterpret("{word}", {magic})', word)
+    magic = 2.0 ** (full + least - mantissa)
+    tiny = let(f"{a} + {number(magic, wide)}", wide)
+    steps = let(f'T.reinterpret("{word}", {tiny}) - {_word(magic, word)}', word)
     small = let(f'T.Cast("{wide}", {steps}) * {number(2.0 ** (least - mantissa), wide)}', wide)
     near = f'T.Select({a} < {number(2.0**least, wide)}, T.reinterpret("{word}", {small}), {normal})'
     sign = f'T.shift_left(T.shift_right(T.reinterpret("{word}", {x}), T.{word}({width - 1})), T.{word}({width - 1}))'
@@ -137,7 +145,7 @@ def _to_e4m3(x: str, let: Let) -> str:
     up = f"T.bitwise_and(T.shift_right({u}, T.uint32(20)), T.uint32(1))"
     normal = let(f"T.shift_right({u} - T.uint32({120 << 23}) + T.uint32({0x7FFFF}) + {up}, T.uint32(20))", "uint32")
     tiny = let(f"{a} + T.float32(16384.0)", "float32")
-    near = f"T.Select({a} < T.float32(0.015625), {_bits(tiny)} - {_bits('T.float32(16384.0)')}, {normal})"
+    near = f"T.Select({a} < T.float32(0.015625), {_bits(tiny)} - {_word(16384.0, 'uint32')}, {normal})"
     kept = let(f"T.Select({_is_nan(x, 'float32')}, T.uint32(127), {let(near, 'uint32')})", "uint32")
     return f'T.Cast("uint8", T.bitwise_or(T.shift_left(T.shift_right({_bits(x)}, T.uint32(31)), T.uint32(7)), {kept}))'
 
@@ -172,7 +180,7 @@ def _exp(x: str, wide: str, let: Let) -> str:
     below = let(f"T.Select({x} < T.float32(89.0), {x}, T.float32(89.0))")
     a = let(f"T.Select({below} > T.float32(-104.0), {below}, T.float32(-104.0))")
     shifted = let(f"{a} * T.float32({_LOG2_E!r}) + T.float32({_ROUNDER!r})")
-    power = let(f'T.reinterpret("int32", {shifted}) - T.reinterpret("int32", T.float32({_ROUNDER!r}))', "int32")
+    power = let(f'T.reinterpret("int32", {shifted}) - {_word(_ROUNDER, "int32")}', "int32")
     n = let(f'T.Cast("float32", {power})')
     high = let(f"{a} - {n} * T.float32({_LN2_HIGH!r})")
     r = let(f"{high} - {n} * T.float32({_LN2_LOW!r})")
