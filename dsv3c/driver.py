@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,22 +13,18 @@ from dsv3c import pipeline
 from dsv3c.arena import BufferPlan, Slot
 from dsv3c.capacity import capacity
 from dsv3c.comm import to_json
-from dsv3c.costs import Times
 from dsv3c.errors import InputError, did_you_mean
-from dsv3c.ir import DType, Graph, Program, Type
+from dsv3c.ir import DType, Program, Type
 from dsv3c.job import JOBS, PRECISIONS, Job, Recipe, parse_mesh
 from dsv3c.models import ModelConfig, resolve
 from dsv3c.models.config import parameter_count
 from dsv3c.ops import REGISTRY
-from dsv3c.passes.differentiate import JOINT
-from dsv3c.passes.plan_buffers import PlanBuffers, plan_memory, rank_memory
-from dsv3c.passes.recompute import Recompute
 from dsv3c.plan import MEMORY_KINDS, Json, Memory, Parameters, Plan, StoredWeight, load_plan
-from dsv3c.rewrite import crosses_ranks
 from dsv3c.schedule import show_csv
 from dsv3c.selection import select
+from dsv3c.settle import Settler
 from dsv3c.stages import stage_count, stage_name
-from dsv3c.state import Note, Pass, PassReport, State, TakeNote
+from dsv3c.state import Note, PassReport, State
 from dsv3c.target import Kernel, Target
 from dsv3c.targets import find
 from dsv3c.targets.nccl import plan_communication
@@ -71,7 +66,7 @@ def compile(model: str | PathLike | ModelConfig, *, job: str = "train", target: 
     steps = pipeline.parse(passes if passes is not None else default_passes(task))
     outcome = pipeline.run(
         State(program, REGISTRY, task, machine), steps, dump=Path(dump) if dump else None, print_after=print_after,
-        stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir, settle=settle_price,
+        stop_after=stop_after, on_pass=on_pass, keep_steps=keep_ir, settle=Settler(),
     )  # fmt: skip
     made, missing = generate_kernels(outcome.state.program, machine, task)
     selection = select(outcome.state.program, machine, task)
@@ -155,100 +150,14 @@ def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks
                kernels, implementations, allow_oversize, document_end, recipe or Recipe())  # fmt: skip
 
 
-LOWEST_PRICE, HIGHEST_PRICE, PRICE_STEPS = 2.0**-4, 2.0**10, 10
-"""Milliseconds per GiB between which `settle_price` searches, and by how many halvings of their ratio."""
-
-SPARING, SPARING_STEPS, CHEAP = 4.0, 4, 1e-3
-"""Where experts on other ranks may get more rows than balanced load brings, memory is spared beyond what must be: up to
-so many times the price, in so many steps, as long as that adds less than this share to the time."""
-
-OVERSIZE_PRICE = 3.6
-"""The price where no price makes the plan fit and `--allow-oversize` wants one all the same: norms, up-projections
-and activation functions are computed again and attention is not, which costs a few percent of the time."""
-
-
-def settle_price(one: Pass, state: State, rest: tuple[Pass, ...], note: TakeNote) -> Pass:
-    """The pass `recompute` with the lowest price at which the plan fits the machine, if its price was left open."""
-    planned = next((i for i, p in enumerate(rest) if isinstance(p, PlanBuffers)), None)
-    if not isinstance(one, Recompute) or one.price is not None or state.job is None or planned is None:
-        return one
-    limit = state.machine.memory_bytes if state.machine else 0
-    # What only orders nodes or says when things run does not change what must be kept, so it waits for the decision.
-    behind = [p for p in rest[:planned] if p.name not in ("dualpipe", "overlap")]
-    scheduled = _scheduled(one, state, rest[:planned])
-    known: dict[tuple[Graph, ...], bool] = {}
-
-    def fits(price: float) -> bool:
-        after = Recompute(price).run(scheduled, _silent)
-        choice = after.program.graphs
-        if choice not in known:
-            for p in behind:
-                after = p.run(after, _silent)
-            known[choice] = plan_memory(after, both=False).peak.peak <= limit
-        return known[choice]
-
-    there = f"the {limit / 2**30:.1f} GiB of {state.job.target}"
-    if state.mesh.world > 1 or rank_memory(state.program, (), state).peak <= limit:
-        if fits(0.0):
-            note("priced", "memory", f"0 ms per GiB: everything fits {there}")
-            return Recompute(0.0)
-        if fits(HIGHEST_PRICE):
-            low, high = LOWEST_PRICE, HIGHEST_PRICE
-            for _ in range(PRICE_STEPS):
-                middle = float(f"{(low * high) ** 0.5:.4g}")
-                low, high = (low, middle) if fits(middle) else (middle, high)
-            note("priced", "memory", f"{high:g} ms per GiB: the lowest price at which the plan fits {there}")
-            more = _spared(high, state)
-            if more > high:
-                note("priced", "headroom", f"{more:g} ms per GiB: room for uneven experts that costs hardly any time")
-            return Recompute(more)
-    price = OVERSIZE_PRICE if state.job.allow_oversize else HIGHEST_PRICE
-    note("priced", "memory", f"{price:g} ms per GiB, since at no price the plan fits {there}")
-    return Recompute(price)
-
-
-def _spared(price: float, state: State) -> float:
-    """The highest price, up to SPARING times `price`, that adds less than CHEAP to the time of all layers; `price`
-    itself if no rows are exchanged, whose number varies."""
-    if state.machine is None or not capacity(state.program, state.sizes):
-        return price
-    times = Times.of(state.program, state.registry, state.sizes, state.machine)
-    uses = Counter(y.graph + JOINT for s in state.program.sequences if s.losses for y in s.layers)
-
-    def seconds(at: float) -> float:
-        total = 0.0
-        for g in Recompute(at).run(state, _silent).program.graphs:
-            if g.name in uses:
-                total += uses[g.name] * sum(times.seconds(n) for n in g.nodes if not crosses_ranks(n))
-        return total
-
-    limit = seconds(price) * (1 + CHEAP)
-    tried = (float(f"{price * SPARING ** (k / SPARING_STEPS):.4g}") for k in range(SPARING_STEPS, 0, -1))
-    return next((p for p in tried if seconds(p) <= limit), price)
-
-
-def _scheduled(one: Recompute, state: State, behind: tuple[Pass, ...]) -> State:
-    """The state with the schedule that the passes behind would make at the middle of all prices, if they make one."""
-    makers = [i for i, p in enumerate(behind) if p.name == "dualpipe"]
-    if not makers:
-        return state
-    after = Recompute((LOWEST_PRICE * HIGHEST_PRICE) ** 0.5).run(state, _silent)
-    for p in behind[: makers[0] + 1]:
-        after = p.run(after, _silent)
-    return state.but(schedule=after.schedule)
-
-
-def _silent(action: str, node: str, reason: str) -> None:
-    pass
-
-
 def generate_kernels(program: Program, target: Target, job: Job) -> tuple[tuple[Kernel, ...], tuple[str, ...]]:
     """Code for every region that a graph calls, and the names of those that the target has no generator for."""
     called = dict.fromkeys(str(n.attr("graph")) for g in program.graphs for n in g.nodes if n.op == "call")
+    sizes = job.sizes | capacity(program, job.sizes)
     made: list[Kernel] = []
     missing: list[str] = []
     for name in called:
-        kernel = None if job.kernels == "none" else target.generate(program.graph(name), job.sizes, job.kernels)
+        kernel = None if job.kernels == "none" else target.generate(program.graph(name), sizes, job.kernels)
         if kernel is None:
             missing.append(name)
         else:

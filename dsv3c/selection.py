@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from dsv3c.capacity import capacity
 from dsv3c.ir import Node, Program, Type
 from dsv3c.job import Job
 from dsv3c.state import Note
@@ -32,8 +33,9 @@ def select(program: Program, target: Target, job: Job) -> Selection:
         reason = f"{target.name} has one implementation of each, whatever --implementations {job.implementations} asks"
         return Selection(notes=(Note(STAGE, "kept", "products", reason),))
     places: dict[Product, list[str]] = {}
+    usual = {**job.sizes, **capacity(program, job.sizes)}
     for sequence, node in _executed(program):
-        sizes = {**job.sizes, "S": 1} if sequence == "decode" else job.sizes
+        sizes = {**usual, "S": 1} if sequence == "decode" else usual
         for adds in (False, True) if node.op.endswith("_wgrad") else (False,):
             types = [(str(v.type.dtype), _shape(v.type, sizes)) for v in node.inputs]
             product = selector.product(node.op, types, adds)

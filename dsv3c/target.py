@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dsv3c.ir import DType, Graph
+from dsv3c.ir import DType, Graph, Node
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +169,12 @@ class Selector(ABC):
         """The kernels that the choices name; none for `kernels` = none, without binaries for source."""
 
     @abstractmethod
-    def implementations(self, choices: Sequence[Choice], kernels: Sequence[Kernel]) -> Mapping[str, Implementation]:
-        """All implementations by op, those of products as chosen, by the kernels of the plan."""
+    def implementations(self, choices: Sequence[Choice], kernels: Sequence[Kernel],
+                        lent: int = 0) -> Mapping[str, Implementation]:  # fmt: skip
+        """All implementations by op, those of products as chosen, by the kernels of the plan.
+
+        `lent`: units of the device that generated products leave to communication beside them.
+        """
 
     @abstractmethod
     def tune(self, products: Sequence[Product], rounds: int, tell: Callable[[int, int, str], None]) -> Path:
@@ -193,7 +197,8 @@ class Target:
     gives `prepare(inputs, outputs)` as in `Implementation`. A target with `device` None can be compiled for but
     not run. `expert_alignment` is to how many rows each expert's share is padded for an element type. `selector`
     knows what else can execute matrix products. `trouble()` says in a few words why this machine cannot run the
-    target's code, "" if it can.
+    target's code, "" if it can. `reserve(nodes, implementations)` gives the bytes that executing these nodes, in order
+    and with the values of their symbols, holds beside their operands (scratch, libraries); None if nothing to speak of.
     """
 
     name: str
@@ -207,3 +212,4 @@ class Target:
     load: Callable[[Kernel], Callable[[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]], Callable[[], None]]] | None
     selector: Selector | None = None
     trouble: Callable[[], str] = _no_trouble
+    reserve: Callable[[Iterable[tuple[Node, Mapping[str, int]]], str], int] | None = None

@@ -37,8 +37,8 @@ def _shape(p: Product) -> Shape:
 class Picked:
     """The implementation of one product, ready to be bound to tensors."""
 
-    def __init__(self, product: Product, name: str, load: Callable[[GemmSpec], Loaded]) -> None:
-        self.product, self.name, self._load = product, name, load
+    def __init__(self, product: Product, name: str, load: Callable[[GemmSpec], Loaded], lent: int = 0) -> None:
+        self.product, self.name, self._load, self._lent = product, name, load, lent
 
     @property
     def generated(self) -> bool:
@@ -46,8 +46,8 @@ class Picked:
         return generated(self.name)
 
     def gemm(self, values: Values) -> Call:
-        """A call of the generated kernel on all SMs of the current device."""
-        units = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+        """A call of the generated kernel on all SMs of the current device but those lent to communication."""
+        units = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count - self._lent
         spec = spec_of(self.product, self.name)
         run = self._load(spec).bind(units, **values)
         result = values["c_desc"]
@@ -62,11 +62,12 @@ class Picked:
 
 
 class Products:
-    """The choices and kernels of one plan; `forced` names one implementation for everything instead."""
+    """The choices and kernels of one plan; `forced` names one implementation for everything instead. `lent`: SMs that
+    generated kernels leave to communication."""
 
     def __init__(self, choices: Sequence[Choice] = (), kernels: Sequence[Kernel] = (), forced: str = "",
-                 table: Callable[[], Table] = shipped) -> None:  # fmt: skip
-        self._forced, self._table = forced, table
+                 table: Callable[[], Table] = shipped, lent: int = 0) -> None:  # fmt: skip
+        self._forced, self._table, self._lent = forced, table, lent
         self._chosen: dict[Shape, list[Choice]] = {}
         for choice in choices:
             self._chosen.setdefault(_shape(choice.product), []).append(choice)
@@ -78,7 +79,7 @@ class Products:
         types = [(str(ir_dtype(t.dtype)), tuple(t.shape)) for t in inputs]
         product = product_of(op, types, adds)
         assert product is not None, op
-        return Picked(product, self._name(product), self._load)
+        return Picked(product, self._name(product), self._load, self._lent)
 
     def _name(self, p: Product) -> str:
         if self._forced:

@@ -47,8 +47,9 @@ class HopperSelector(Selector):
         specs = {c.kernel: spec_of(c.product, c.implementation) for c in choices if generated(c.implementation)}
         return tuple(gemm_kernel(specs[name], kernels) for name in sorted(specs))
 
-    def implementations(self, choices: Sequence[Choice], kernels: Sequence[Kernel]) -> Mapping[str, Implementation]:
-        return all_implementations(Products(choices, kernels, table=lambda: table_of(self.name)))
+    def implementations(self, choices: Sequence[Choice], kernels: Sequence[Kernel],
+                        lent: int = 0) -> Mapping[str, Implementation]:  # fmt: skip
+        return all_implementations(Products(choices, kernels, table=lambda: table_of(self.name), lent=lent))
 
     def tune(self, products: Sequence[Product], rounds: int, tell: Callable[[int, int, str], None]) -> Path:
         from dsv3c.targets._cuda_tune import tune

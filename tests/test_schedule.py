@@ -98,7 +98,6 @@ def test_places_of_stages() -> None:
         ("dualpipe", 1, 12, "an even number of ranks, at least 2"),
         ("dualpipe", 4, 6, r"at least 2 per rank \(8\)"),
         ("dualpipe", 4, 9, "an even number of micro-batches"),
-        ("dualpipev", 1, 4, "at least 2 ranks"),
         ("dualpipev", 4, 7, r"at least 2 micro-batches per rank \(8\)"),
         ("zbv", 4, 6, "at least 7 micro-batches"),
         ("1f1b", 0, 4, "at least 1 rank and 1 micro-batch"),
@@ -307,3 +306,10 @@ def test_auto_passes_over_what_does_not_exist() -> None:
     assert choice.schedule.kind == "zb1p"
     refused = {c.kind: c.refusal for c in choice.candidates if c.schedule is None}
     assert refused == {kind: refusal(kind, 3, 4) for kind in ("dualpipe", "dualpipev")}
+
+
+def test_one_rank_folded_overlaps_forward_with_backward() -> None:
+    """With experts on several ranks and no pipeline, this is what there is to hide an exchange behind."""
+    schedule = generate("dualpipev", 1, 6)
+    verify(schedule)
+    assert sum(len(cell) == 2 for cell in schedule.rows[0]) == 9

@@ -36,8 +36,11 @@ class Engine:
     exchange: PrepareNode | None = None
 
     @classmethod
-    def of(cls, plan: Plan, target: Target, registry: Registry, exchange: PrepareNode | None = None) -> Engine:
+    def of(cls, plan: Plan, target: Target, registry: Registry, exchange: PrepareNode | None = None,
+           lent: int = 0) -> Engine:  # fmt: skip
         """The engine of a plan: its regions by its kernels, its matrix products by what it chose for each.
+
+        `lent`: units of the device that products leave to communication beside them.
 
         Raises InputError if this machine cannot run the target's code.
         """
@@ -47,7 +50,7 @@ class Engine:
         regions = {g.name for g in plan.program.graphs}
         kernels = {k.op: target.load(k) for k in plan.kernels if k.op in regions}
         if target.selector is not None:
-            chosen = target.selector.implementations(plan.choices, plan.kernels)
+            chosen = target.selector.implementations(plan.choices, plan.kernels, lent)
             target = replace(target, implementations=chosen)
         return cls(plan.program, registry, target, kernels, exchange)
 

@@ -100,15 +100,12 @@ class RankSession:
         self.steps = 0
         self.device = str(world.device)
         target = find(plan.target)
-        if target.load is None or target.device is None:
-            raise InputError(f"a plan for {target.name} cannot run here; compile for --target cpu")
         self.schedule, self.comm = division(plan)
         occupancy = verify(self.schedule)
         held = self.schedule.held(world.pp_index)
-        kernels = {k.op: target.load(k) for k in plan.kernels}
         sizes = {"B": job.micro_batch, "S": job.seq, "C": job.seq, **dict(self.comm.rows)}
         exchange = _exchange(self.program, self.comm, world, sizes, target)
-        self.engine = Engine(self.program, REGISTRY, target, kernels, exchange.prepare)
+        self.engine = Engine.of(plan, target, REGISTRY, exchange.prepare, self.comm.units)
         self.weights = RankWeights(self.program, self.schedule.holders, world)
         if weights is None:
             self.weights.initialize(seed, self.family.parts)

@@ -1,4 +1,7 @@
-"""DualPipeV: one of DualPipe's two replicas, folded into a V, so that no weight is held twice."""
+"""DualPipeV: one of DualPipe's two replicas, folded into a V, so that no weight is held twice.
+
+On one rank, forward of one half of the layers overlaps with backward of the other.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,6 @@ from dsv3c.schedules._units import bidirectional, row
 
 
 def _refusal(ranks: int, micro_batches: int) -> str | None:
-    if ranks < 2:
-        return "it needs at least 2 ranks"
     if micro_batches < 2 * ranks:
         return f"it needs at least 2 micro-batches per rank ({2 * ranks})"
     return None
