@@ -176,16 +176,16 @@ class _Config(ctypes.Structure):
 class Loaded:
     """A kernel on the device: call `bind` with its arguments to get a function that launches it."""
 
-    def __init__(self, binary: Binary, given: tuple[tuple[str, str | Descriptor], ...]) -> None:
+    def __init__(self, name: str, binary: Binary, given: tuple[tuple[str, str | Descriptor], ...]) -> None:
         self.binary, self.given = binary, given
         driver = _driver()
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         code = driver.cuModuleLoadData(ctypes.byref(module), binary.cubin)
         if code:
-            raise Refused(f"the driver, made for CUDA {driver_version()}, does not load the kernel {binary.entry}: "
+            raise Refused(f"the driver, made for CUDA {driver_version()}, does not load the kernel {name}: "
                           f"{driver_words(code)}")  # fmt: skip
-        name = binary.entry.encode()
-        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, name), "cuModuleGetFunction")
+        entry = binary.entry.encode()
+        _check(driver.cuModuleGetFunction(ctypes.byref(self.function), module, entry), "cuModuleGetFunction")
         # Attribute 8: the most dynamic shared memory a block may ask for.
         _check(driver.cuFuncSetAttribute(self.function, 8, ctypes.c_int(binary.shared)), "cuFuncSetAttribute")
 
@@ -226,4 +226,4 @@ def load(spec: GemmSpec, binary: Binary) -> Loaded:
     import torch
 
     torch.cuda.current_stream()  # makes torch's context the current one
-    return Loaded(binary, arguments(spec))
+    return Loaded(spec.name, binary, arguments(spec))
