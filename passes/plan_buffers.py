@@ -8,8 +8,8 @@ from typing import ClassVar
 from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout, show_bytes
 from dsv3c.capacity import capacity
 from dsv3c.errors import InputError
-from dsv3c.ir import DType, Program, Sequence
-from dsv3c.passes._rank_memory import divided
+from dsv3c.ir import DType, Node, Program, Sequence
+from dsv3c.passes._rank_memory import GraphLayouts, divided
 from dsv3c.stages import stage_count
 from dsv3c.state import Pass, State, TakeNote
 
@@ -55,11 +55,14 @@ class PlanBuffers(Pass):
         return state.but(buffers=plan)
 
 
-def plan_memory(state: State, both: bool = True) -> BufferPlan:
-    """The layout of everything and each rank's bytes; with `both` also those with headroom for uneven experts."""
+def plan_memory(state: State, both: bool = True, known: GraphLayouts | None = None) -> BufferPlan:
+    """The layout of everything and each rank's bytes; with `both` also those with headroom for uneven experts.
+
+    `known` keeps layouts of graphs from one trial to the next, if sizes stay.
+    """
     program, sizes = state.program, state.sizes
     if stage_count(program) and state.schedule is not None:
-        balanced = divided(state)
+        balanced = divided(state, known=known)
         headroom = state.job.expert_headroom if state.job else 1.0
         more = divided(state, headroom).ranks if both and capacity(program, sizes) else ()
         layouts = (*balanced.prologues, *(c.slots for c in balanced.stages))
@@ -102,7 +105,20 @@ def rank_memory(program: Program, layouts: tuple[SequenceLayout, ...], state: St
         optimizer = sum(2 * w.type.with_dtype(DType.f64 if moment == 64 else DType.bf16).bytes() for w in trained)
     prologue = sum(y.bytes for y in layouts if y.sequence == "prologue")
     activations = max((y.bytes for y in layouts if y.sequence != "prologue"), default=0) + _cache_bytes(program, state)
-    return RankMemory(0, stored + prologue, gradients, optimizer, activations, 0)
+    beside = reserved(state, ("prologue", main_sequence(state)))
+    return RankMemory(0, stored + prologue, gradients, optimizer, activations + beside, 0)
+
+
+def reserved(state: State, sequences: tuple[str, ...]) -> int:
+    """Bytes that executing these sequences holds beside all tensors of the program: scratch, libraries."""
+    program = state.program
+    if state.target is None or state.target.reserve is None or state.job is None:
+        return 0
+    nodes: list[tuple[Node, dict[str, int]]] = []
+    for sequence in (s for s in program.sequences if s.name in sequences):
+        for name in dict.fromkeys(layer.graph for layer in sequence.layers):  # a graph used again needs no more
+            nodes += [(node, sizes_of(sequence, state.sizes)) for node in program.graph(name).nodes]
+    return state.target.reserve(nodes, state.job.implementations)
 
 
 def _cache_bytes(program: Program, state: State) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dsv3c.ir import DType
 from dsv3c.target import Machine, Target
 from dsv3c.targets._cuda_device import trouble
+from dsv3c.targets._cuda_memory import reserved_bytes
 from dsv3c.targets._cuda_products import Products
 from dsv3c.targets._cuda_selector import HopperSelector, all_implementations
 from dsv3c.targets._hopper_machines import H100_MACHINE, H200_MACHINE, H800_MACHINE
@@ -30,6 +31,7 @@ def _hopper(machine: Machine, doc: str) -> Target:
         load=load_kernel,
         selector=HopperSelector(machine.name),
         trouble=trouble,
+        reserve=reserved_bytes,
     )
 
 

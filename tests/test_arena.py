@@ -307,7 +307,7 @@ def small(memory: int) -> Target:
 
 
 def test_memory_is_added_up_by_kind() -> None:
-    (rank,) = planned(find("h800"), 64).ranks
+    (rank,) = planned(replace(find("h800"), reserve=None), 64).ranks
     weight, row = 512 * 512 * 4, 64 * 512 * 4
     assert (rank.weights, rank.gradients, rank.optimizer) == (weight + 2048, weight, weight)
     assert 2 * row <= rank.activations <= 5 * row, "y is saved for B; dy and da live one after the other"
