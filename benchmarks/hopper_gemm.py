@@ -24,8 +24,9 @@ import torch
 from benchmarks.common import record
 from dsv3c.target import Product
 from dsv3c.targets._cuda_selector import HopperSelector
-from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Output, Pair, source
+from dsv3c.targets._gluon_gemm import source
 from dsv3c.targets._gluon_launch import Binary, build, load
+from dsv3c.targets._gluon_spec import Element, GemmSpec, Kind, Output, Pair
 
 DENSE = ((2112, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
 ROWS = ((4, 8192), (8, 4096))

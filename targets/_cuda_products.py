@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from dsv3c.lazy import lazy
 from dsv3c.target import Choice, Kernel, Product
-from dsv3c.targets._gluon_gemm import GemmSpec
 from dsv3c.targets._gluon_kernel import LANGUAGE, gemm_binary, kernel_id, load_binary, load_gemm
 from dsv3c.targets._gluon_launch import Loaded
+from dsv3c.targets._gluon_spec import GemmSpec
 from dsv3c.targets._measured import Table, shipped
 from dsv3c.targets._products import candidates, generated, product_of, spec_of
 from dsv3c.targets._select import choose

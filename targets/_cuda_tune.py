@@ -16,8 +16,8 @@ from dsv3c.lazy import lazy
 from dsv3c.target import Product
 from dsv3c.targets._cuda_device import device_target, trouble
 from dsv3c.targets._cuda_products import Products
-from dsv3c.targets._gluon_gemm import GemmSpec
 from dsv3c.targets._gluon_kernel import gemm_binary
+from dsv3c.targets._gluon_spec import GemmSpec
 from dsv3c.targets._measured import Row, keep, shipped
 from dsv3c.targets._products import candidates, generated, spec_of
 from dsv3c.targets._triton_build import triton_version

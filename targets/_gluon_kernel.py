@@ -12,8 +12,9 @@ from dsv3c.errors import WorkError
 from dsv3c.lazy import lazy
 from dsv3c.target import Kernel, KernelFile
 from dsv3c.targets import _gluon_launch, _gluon_ptx
-from dsv3c.targets._gluon_gemm import Descriptor, GemmSpec, arguments, source
+from dsv3c.targets._gluon_gemm import source
 from dsv3c.targets._gluon_launch import Binary, Loaded, Refused
+from dsv3c.targets._gluon_spec import Descriptor, GemmSpec, arguments
 from dsv3c.targets._triton_build import ARCH, _write, triton_version
 from dsv3c.targets._tvm_build import cache_folder
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from dsv3c.errors import WorkError
 from dsv3c.targets._cuda_device import driver_version, driver_words, known_triton
-from dsv3c.targets._gluon_gemm import Descriptor, GemmSpec, arguments, source
+from dsv3c.targets._gluon_gemm import source
 from dsv3c.targets._gluon_ptx import adding, assemble, paired
+from dsv3c.targets._gluon_spec import Descriptor, GemmSpec, arguments
 
 if TYPE_CHECKING:
     import torch

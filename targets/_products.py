@@ -7,7 +7,7 @@ from math import prod
 
 from dsv3c.errors import InputError
 from dsv3c.target import Product
-from dsv3c.targets._gluon_gemm import Element, GemmSpec, Kind, Order, Output, Pair
+from dsv3c.targets._gluon_spec import Element, GemmSpec, Kind, Order, Output, Pair
 
 Tile = tuple[int, int, int, Pair]
 """Rows, columns, stages, which operand a pair of blocks shares."""

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dsv3c.errors import InputError, WorkError
-from dsv3c.targets._gluon_gemm import SHARED_LIMIT, GemmSpec, arguments, source
+from dsv3c.targets._gluon_gemm import source
 from dsv3c.targets._gluon_launch import Binary, build, load
 from dsv3c.targets._gluon_ptx import adding, paired
+from dsv3c.targets._gluon_spec import SHARED_LIMIT, GemmSpec, arguments
 
 triton = pytest.importorskip("triton")
 

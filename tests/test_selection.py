@@ -22,9 +22,9 @@ from dsv3c.plandiff import diff
 from dsv3c.target import Product
 from dsv3c.targets import _cuda_device, _gluon_kernel, _measured, find
 from dsv3c.targets._cuda_products import Products
-from dsv3c.targets._gluon_gemm import GemmSpec
 from dsv3c.targets._gluon_kernel import gemm_kernel, load_gemm, spec_of_kernel
 from dsv3c.targets._gluon_launch import Binary, Refused
+from dsv3c.targets._gluon_spec import GemmSpec
 from dsv3c.targets._measured import Row, Table, read_table, show_table
 from dsv3c.targets._products import KINDS, TILES, candidates, generated, product_of, spec_of
 from dsv3c.targets._select import choose
