@@ -166,10 +166,10 @@ class Lifetimes:
 
 
 def lifetimes(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
-              known: dict[tuple[str, frozenset[str]], GraphLayout] | None = None) -> Lifetimes:  # fmt: skip
+              known: dict[tuple[Graph, frozenset[str]], GraphLayout] | None = None) -> Lifetimes:  # fmt: skip
     """When each value that layers hand on is alive; results of the sequence are like any other value.
 
-    `known` keeps layouts of graphs, by name and donated inputs, for other sequences of the same program and sizes.
+    `known` keeps layouts of graphs, by graph and donated inputs, for other sequences of the same sizes.
     """
     known = {} if known is None else known
     graphs: dict[str, GraphLayout] = {}
@@ -181,7 +181,7 @@ def lifetimes(program: Program, sequence: Sequence, registry: Registry, sizes: M
     for i, layer in enumerate(sequence.layers):
         graph = program.graph(layer.graph)
         if graph.name not in graphs:
-            key = (graph.name, donated[graph.name])
+            key = (graph, donated[graph.name])
             if key not in known:
                 known[key] = graph_layout(graph, registry, sizes, donated[graph.name])
             graphs[graph.name] = known[key]

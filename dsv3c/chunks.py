@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dsv3c.arena import ALIGNMENT, GraphLayout, SequenceLayout, Slot, lifetimes, place
-from dsv3c.ir import Phase, Program, Sequence, Type
+from dsv3c.ir import Graph, Phase, Program, Sequence, Type
 from dsv3c.op import Registry
 from dsv3c.schedule import Schedule
 from dsv3c.stages import COTANGENT
@@ -49,7 +49,7 @@ def weight_gradients_apart(sequence: Sequence) -> bool:
 
 def chunk_layout(program: Program, sequence: Sequence, registry: Registry, sizes: Mapping[str, int],
                  outside: Callable[[str], bool], lasting: Callable[[str], bool],
-                 known: dict[tuple[str, frozenset[str]], GraphLayout] | None = None) -> ChunkLayout:  # fmt: skip
+                 known: dict[tuple[Graph, frozenset[str]], GraphLayout] | None = None) -> ChunkLayout:  # fmt: skip
     """Lay out one chunk of a stage.
 
     `outside(name)`: the value has storage of its own (gradients written where they are summed). `lasting(name)`: the

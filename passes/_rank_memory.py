@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
 from dsv3c.capacity import capacity, exchange_room
 from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
-from dsv3c.ir import DType, Phase, Program, Sequence, Type
+from dsv3c.ir import DType, Graph, Phase, Program, Sequence, Type
 from dsv3c.job import LANE
 from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
 from dsv3c.schedule import Schedule
@@ -30,12 +31,18 @@ class Division:
     prologues: tuple[SequenceLayout, ...]
 
 
-def divided(state: State, headroom: float = 1.0) -> Division:
-    """The memory of a program that `partition` divided, with buffers for `headroom` times the balanced expert load."""
+GraphLayouts: TypeAlias = dict[tuple[Graph, frozenset[str]], GraphLayout]
+
+
+def divided(state: State, headroom: float = 1.0, known: GraphLayouts | None = None) -> Division:
+    """The memory of a program that `partition` divided, with buffers for `headroom` times the balanced expert load.
+
+    `known` keeps layouts of graphs for other programs of the same sizes.
+    """
     program, schedule, job = state.program, state.schedule, state.job
     assert schedule is not None and job is not None
     sizes = {**state.sizes, **capacity(program, state.sizes, headroom)}
-    known: dict[tuple[str, frozenset[str]], GraphLayout] = {}
+    known = {} if known is None else known
     lasting = {w.name for w in program.weights}
     if program.has_sequence(PROLOGUE):
         lasting.update(program.sequence(PROLOGUE).results)

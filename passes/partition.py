@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -134,36 +135,44 @@ def balanced(costs: list[float], count: int) -> list[int]:
 
     The dearest stage is as cheap as can be, then the squares of all stages' costs add up to as little as can be.
     """
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost)
+    total = [0.0, *itertools.accumulate(costs)]
     units, infinite = len(costs), float("inf")
+    limit = _least_dearest(total, count) * (1 + 1e-9)
+    ends = units >= 2 and count >= 2  # both can be filled
+    best = [(0.0, [0])] + [(infinite, [0])] * units
+    for stage in range(count):
+        row = []
+        for end in range(units + 1):
+            options = [(infinite, [0])]
+            empty = (ends and stage == 0 and end == 0) or (ends and stage == count - 1)
+            for begin in range(end - 1 if empty else end, -1, -1):
+                cost = total[end] - total[begin]
+                if cost > limit:
+                    break
+                if best[begin][0] < infinite:
+                    options.append((best[begin][0] + cost * cost, [*best[begin][1], end]))
+            row.append(min(options, key=lambda o: o[0]))
+        best = row
+    edges = best[units][1]
+    return [b - a for a, b in itertools.pairwise(edges)]
 
-    def best(limit: float) -> tuple[float, float, list[int]]:
-        """(dearest, squares, lengths), with no stage above `limit`."""
-        rows: list[list[tuple[float, float, int]]] = [[(0.0, 0.0, 0)] + [(infinite, infinite, 0)] * units]
-        for stage in range(count):
-            row = []
-            for end in range(units + 1):
-                alone = units < 2 or count == 1
-                filled = alone or (stage > 0 or end > 0)
-                latest = end if alone or stage < count - 1 else end - 1
-                options = ((max(d, total[end] - total[begin]), q + (total[end] - total[begin]) ** 2, begin)
-                           for begin, (d, q, _) in enumerate(rows[-1][: latest + 1])
-                           if filled and d < infinite and total[end] - total[begin] <= limit)  # fmt: skip
-                key = (lambda o: o[0]) if limit == infinite else (lambda o: o[1])
-                row.append(min(options, key=key, default=(infinite, infinite, 0)))
-            rows.append(row)
-        dearest, squares, _ = rows[count][units]
-        lengths, end = [], units
-        for stage in range(count, 0, -1):
-            begin = rows[stage][end][2]
-            lengths.append(end - begin)
-            end = begin
-        return dearest, squares, lengths[::-1]
 
-    dearest, _, lengths = best(infinite)
-    return best(dearest * (1 + 1e-9))[2] if dearest < infinite else lengths
+def _least_dearest(total: list[float], count: int) -> float:
+    """The cost of the dearest of `count` stages if it is as cheap as can be; `total`: sums from the first unit on."""
+    sums = sorted({b - a for a, b in itertools.combinations(total, 2)})
+    low, high = 0, len(sums) - 1
+    while low < high:
+        middle = (low + high) // 2
+        used, begin = 1, 0.0
+        limit = sums[middle] * (1 + 1e-12)
+        for before, after in itertools.pairwise(total):
+            if after - before > limit:
+                used = count + 1
+                break
+            if after - begin > limit:
+                used, begin = used + 1, before
+        low, high = (low, middle) if used <= count else (middle + 1, high)
+    return sums[low]
 
 
 # ---- what a stage does and exchanges ---------------------------------------------------------------------------------

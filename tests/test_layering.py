@@ -26,7 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "segments costs interleave comm machines paper",
         "models passes targets",
         "console pipeline plugins report simulate picture runtime",
-        "driver",
+        "settle driver",
         "commands report_commands schedule_commands cli demo tune __init__ __main__",
     )
 )
