@@ -7,14 +7,19 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
 from dsv3c.files import write_bytes
 from dsv3c.ir import Phase
+from dsv3c.runtime.runner import Call
 from dsv3c.runtime.stages import Part
 
 COMPUTE, COMMUNICATION = "compute", "communication"
+
+Chain: TypeAlias = tuple[int, bool]
+"""Parts that depend on each other in their order: the number of the action, and whether they are weight gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +38,22 @@ class Lanes:
     """Runs the parts of a cell in order. On a GPU those that communicate go to a stream of their own, and a chain of
     parts waits where it changes stream; on a CPU one runs after the other.
 
-    `recording`: whether spans are kept.
+    Where a part begins with a call that has `start`, what it starts is given to the device and the call itself, for
+    which the host must wait, comes as late as order allows: what is computed meanwhile is queued first.
+
+    `recording`: whether spans are kept. `serial`: everything on one stream, to see what each part takes alone.
     """
 
     device: str
     recording: bool = False
+    serial: bool = False
     spans: list[Span] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._gpu = self.device.startswith("cuda")
         self._marks: list[tuple[str, str, str, torch.cuda.Event, torch.cuda.Event]] = []
         self._begin = time.perf_counter()
+        self._steps: list[int] = []  # how many spans there were at the end of each of the last steps
         if self._gpu:
             self._communication = torch.cuda.Stream(priority=-1)
             self._start = torch.cuda.Event(enable_timing=True)
@@ -65,10 +75,27 @@ class Lanes:
                 self.spans.append(Span(lane, _title(part), cell, start - self._begin, now - self._begin))
 
     def _run_on_gpu(self, cell: str, parts: Iterable[tuple[int, Part]]) -> None:
-        compute, other = torch.cuda.current_stream(), self._communication
-        last: dict[tuple[int, bool], tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        compute = torch.cuda.current_stream()
+        other = compute if self.serial else self._communication
+        last: dict[Chain, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+        waiting: tuple[Chain, Part, torch.cuda.Event | None] | None = None
+
+        def finish(chain: Chain, part: Part, start: torch.cuda.Event | None, calls: tuple[Call, ...]) -> None:
+            stream = other if part.comm else compute
+            with torch.cuda.stream(stream):
+                for call in calls:
+                    call()
+                end = torch.cuda.Event(enable_timing=self.recording)
+                end.record(stream)
+            if start is not None:
+                self._marks.append((COMMUNICATION if part.comm else COMPUTE, _title(part), cell, start, end))
+            last[chain] = (stream, end)
+
         for number, part in parts:
             chain = number, part.phase is Phase.W  # W reads what B computed; it waits for no exchange of gradients
+            if waiting is not None and (part.comm or chain == waiting[0]):
+                finish(*waiting, waiting[1].calls)
+                waiting = None
             stream = other if part.comm else compute
             before = last.get(chain)
             if before is None and part.comm:
@@ -77,19 +104,29 @@ class Lanes:
                 stream.wait_event(before[1])
             with torch.cuda.stream(stream):
                 start = self._event() if self.recording else None
-                for call in part.calls:
-                    call()
-                end = torch.cuda.Event(enable_timing=self.recording)
-                end.record(stream)
-            if start is not None:
-                self._marks.append((COMMUNICATION if part.comm else COMPUTE, _title(part), cell, start, end))
-            last[chain] = (stream, end)
+                begin = getattr(part.calls[0], "start", None) if part.comm and part.calls else None
+                if begin is not None:
+                    begin()
+            if begin is None or self.serial:
+                finish(chain, part, start, part.calls)
+            else:
+                waiting = chain, part, start
+        if waiting is not None:
+            finish(*waiting, waiting[1].calls)
         compute.wait_stream(other)
 
     def _event(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+    def keep(self, steps: int) -> None:
+        """A step ended: forget what lies before the last `steps` of these calls."""
+        self.finish()
+        self._steps = [*self._steps[-steps:], len(self.spans)]
+        forgotten = self._steps[0] if len(self._steps) > steps else 0
+        del self.spans[:forgotten]
+        self._steps = [n - forgotten for n in self._steps]
 
     def finish(self) -> list[Span]:
         """All spans so far, in seconds; on a GPU this waits for it."""
