@@ -1,11 +1,11 @@
 """Where the activations of many micro-batches lie on one pipeline rank: blocks for each, placed by the schedule.
 
 A chunk is one stage's work on one micro-batch. What forward makes for backward lies in a block that is held from its
-F to the action that makes its weight gradients. What B makes for W lies in one block for each layer. An action that
-does B and W at once does them layer by layer, so the layers' blocks may be the same memory; where W is deferred, each
-layer has its own until then. With room for all of this in one block, every chunk would take as much as the few whose
-W is deferred. The blocks lie in one arena, placed by the cells of the rank's row of the schedule in which they are
-held.
+F to the action that makes its weight gradients. What B makes for W lies in one block for each layer, and in one more
+if a layer's W reads what another layer's B made. An action that does B and W at once does them layer by layer, so the
+layers' blocks may be the same memory; where W is deferred, each layer has its own until then. With room for all of
+this in one block, every chunk would take as much as the few whose W is deferred. The blocks lie in one arena, placed
+by the cells of the rank's row of the schedule in which they are held.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from dsv3c.stages import COTANGENT
 @dataclass(frozen=True)
 class ChunkLayout:
     """The memory of one chunk. Offsets in `slots.slots` run through all blocks: the first of `held` bytes, then those
-    of `late`, one for each layer. What the stage is sent, and its tokens, have slots too.
+    of `late`. What the stage is sent, and its tokens, have slots too.
 
-    `workspace`: bytes inside graphs, for each phase; all chunks of a rank share them.
+    `alike`: how many of the late blocks, the first ones, are each of one layer alone. `workspace`: bytes inside
+    graphs, for each phase; all chunks of a rank share them.
     """
 
     slots: SequenceLayout
     held: int
     late: tuple[int, ...]
+    alike: int
     workspace: Mapping[Phase, int]
 
     @property
@@ -70,19 +72,24 @@ def chunk_layout(program: Program, sequence: Sequence, registry: Registry, sizes
     for name, _weight in sequence.gradients:
         if not outside(name):  # an overlapped schedule may compute a weight gradient before the rest of backward
             start[roots[name]], end[roots[name]] = min(start[roots[name]], backward), len(phases)
-    readers: dict[str, set[Phase]] = {}
+    readers: dict[str, dict[Phase, set[str]]] = {}
     for y in sequence.layers:
         for name in y.inputs:
-            readers.setdefault(roots[name], set()).add(y.phase)
+            readers.setdefault(roots[name], {}).setdefault(y.phase, set()).add(y.name)
     apart = weight_gradients_apart(sequence)
     late: dict[str, list[str]] = {}
+    crossing: list[str] = []
     for r, i in live.start.items():
-        if apart and phases[i] is Phase.B and Phase.W in readers.get(r, ()) and r not in sequence.results:
-            late.setdefault(sequence.layers[i].name, []).append(r)
-    held = [r for r in start if r in types and not outside(r) and not any(r in rs for rs in late.values())]
+        if apart and phases[i] is Phase.B and Phase.W in readers.get(r, {}) and r not in sequence.results:
+            own = sequence.layers[i].name
+            if readers[r][Phase.W] == {own}:
+                late.setdefault(own, []).append(r)
+            else:
+                crossing.append(r)
+    held = [r for r in start if r in types and not outside(r) and not any(r in rs for rs in (crossing, *late.values()))]
     placed: list[Slot] = []
     sizes_of_blocks: list[int] = []
-    for block in (held, *late.values()):
+    for block in (held, *late.values(), *([crossing] if crossing else [])):
         slots, size = place([(r, types[r].bytes(sizes), start[r], end[r]) for r in block])
         placed += (replace(s, offset=sum(sizes_of_blocks) + s.offset) for s in slots)
         sizes_of_blocks.append(size)
@@ -91,7 +98,7 @@ def chunk_layout(program: Program, sequence: Sequence, registry: Registry, sizes
         workspace[y.phase] = max(workspace[y.phase], live.graphs[y.graph].peak)
     layout = SequenceLayout(sequence.name, roots, tuple(placed), sum(sizes_of_blocks), sum(workspace.values()),
                             live.graphs)  # fmt: skip
-    return ChunkLayout(layout, sizes_of_blocks[0], tuple(sizes_of_blocks[1:]), workspace)
+    return ChunkLayout(layout, sizes_of_blocks[0], tuple(sizes_of_blocks[1:]), len(late), workspace)
 
 
 def _input_types(program: Program, sequence: Sequence) -> dict[str, Type]:
@@ -111,7 +118,7 @@ def _input_types(program: Program, sequence: Sequence) -> dict[str, Type]:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlace:
-    """Where a chunk's blocks begin in the arena of its rank: that of forward, and those of its layers for W."""
+    """Where a chunk's blocks begin in the arena of its rank: that of forward, and each of the late ones."""
 
     held: int
     late: tuple[int, ...]
@@ -145,11 +152,12 @@ def rank_arena(schedule: Schedule, rank: int, chunks: Mapping[int, ChunkLayout])
                 first = len(wanted)
                 wanted.append((chunk.held, begun[key], index))
                 since, kind = turned[key]
-                together = kind == "B" and chunk.late
-                late = (max(chunk.late),) if together else chunk.late
-                wanted += ((size, since, index) for size in late)
-                found[key] = first, (first + 1,) * len(chunk.late) if together else tuple(
-                    range(first + 1, len(wanted)))  # fmt: skip
+                count = chunk.alike if kind == "B" else 0
+                if count:
+                    wanted.append((max(chunk.late[:count]), since, index))
+                own = range(len(wanted), len(wanted) + len(chunk.late) - count)
+                wanted += ((size, since, index) for size in chunk.late[count:])
+                found[key] = first, (*((first + 1,) * count), *own)
     offsets, peak = _packed(tuple(wanted))
     places = {k: ChunkPlace(offsets[h], tuple(offsets[i] for i in late)) for k, (h, late) in found.items()}
     return RankArena(peak, places)

@@ -21,6 +21,7 @@ from dsv3c.job import Recipe
 from dsv3c.models.presets import PRESETS
 from dsv3c.passes.recompute import Recompute
 from dsv3c.plan import Plan, load_plan
+from dsv3c.settle import OVERSIZE_PRICE
 from dsv3c.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_the_lowest_price_that_fits_is_found(tight: Callable[..., Plan]) -> None
     assert found is not None and found > 0 and plan.memory.fits and f"{found:g} ms per GiB: the lowest" in reason(plan)
     assert [n for n in plan.notes if n.action == "recomputed"]
     with pytest.raises(InputError, match="this job needs"):
-        tight(passes=plan.pipeline.replace(f"price={found}", f"price={found * 0.98}"))
+        tight(passes=plan.pipeline.replace(f"price={found}", f"price={found * 0.95}"))
     more = price(tight(short=2_000_000))
     assert more is not None and more > found
 
@@ -154,7 +155,7 @@ def test_what_fits_at_no_price_is_refused_or_planned_with_the_published_choice()
     with pytest.raises(InputError, match=r"this job needs .* on a rank of h800, which has 77.0 GiB"):
         driver.compile("deepseek-v3", target="h800", kernels="none")
     plan = compiled("deepseek-v3")
-    assert price(plan) == driver.OVERSIZE_PRICE and not plan.memory.fits and "at no price" in reason(plan)
+    assert price(plan) == OVERSIZE_PRICE and not plan.memory.fits and "at no price" in reason(plan)
     again = {n.node for n in plan.notes if n.action == "recomputed" and n.node.startswith("moe_block.")}
     norms = ("attention.norm", "attention.q_norm", "attention.kv_norm", "mlp.norm")
     for part in (*norms, "attention.kv_up", "attention.q_up"):
@@ -191,6 +192,7 @@ JOBS = [
     ("deepseek-v3", {"target": "h800", "allow_oversize": True, "kernels": "none"}),
     ("deepseek-v3-mini", {"target": "h800", "micro_batch": MINI_BATCH, "kernels": "source"}),
     ("deepseek-v3-tiny", {"kernels": "none", "keep_ir": True}),
+    ("deepseek-v3-tiny", {"kernels": "none", "mesh": "pp=2,dp=2,ep=2", "global_batch": 8, "seq": 64}),
 ]
 
 
