@@ -90,7 +90,7 @@ def bind_stages(engine: Engine, chunks: Mapping[int, int], sizes: Mapping[str, i
     for k, sequence in sequences.items():
         made = []
         for _ in range(chunks[k]):
-            given = dict(tensors) | _inputs(program, k, sizes, losses, device)
+            given = _inputs(program, k, sizes, losses, device, tensors) | dict(tensors)
             blocks = Blocks(Memory.allocate(layouts[k].peak, device), workspace)
             runner = prepare_sequence(engine, sequence, sizes, given, gradients, blocks=blocks)
             parts: list[Part] = []
@@ -123,8 +123,8 @@ def _in_order(found: tuple[Segment, ...]) -> tuple[Segment, ...]:
 
 
 def _inputs(program: Program, stage: int, sizes: Mapping[str, int], losses: Mapping[str, float],
-            device: str) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Tensors for what a stage is given: tokens, weights of its losses, and values of other stages."""
+            device: str, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Tensors for what a stage is given and is not `known`: tokens, weights of its losses, values of other stages."""
     types: dict[str, Type] = {}
     for other in program.sequences:  # a stage without layers hands on what others made
         for layer in other.layers:
@@ -133,6 +133,8 @@ def _inputs(program: Program, stage: int, sizes: Mapping[str, int], losses: Mapp
             types |= {name: v.type for v, name in zip(graph.results, layer.outputs, strict=True)}
     made = {}
     for name in program.sequence(stage_name(stage)).inputs:
+        if name in known:
+            continue
         made[name] = torch.zeros(types[name].bound(sizes), dtype=torch_dtype(types[name].dtype), device=device)
         if name.startswith("d:") and name[2:] in losses:
             made[name].fill_(losses[name[2:]])
