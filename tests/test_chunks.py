@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from published import report_plan
 
 from dsv3c import driver
 from dsv3c.chunks import ChunkLayout, chunk_layout, rank_arena
@@ -20,6 +21,7 @@ from dsv3c.stages import stage_name
 MODEL = "deepseek-v3-tiny:num_hidden_layers=3"
 KINDS = ("1f1b", "dualpipe", "dualpipev", "zb1p")
 SIZES = {"B": 1, "S": 64, "C": 64}
+GIB = 2**30
 
 
 @functools.cache
@@ -158,3 +160,31 @@ def test_what_does_not_fit_is_refused_with_a_table_of_ranks() -> None:
         driver.compile("deepseek-v3", target="h800", precision="fp8", mesh="pp=2,dp=8,ep=8", seq=4096, global_batch=64,
                        kernels="none", passes="differentiate,quantize,shard,eliminate,share,hoist,recompute{price=9},"
                        "fuse,cut{early=true},dualpipe{kind=dualpipe},partition,plan_buffers")  # fmt: skip
+
+
+# ---- the report's run ------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_of_the_published_run_fits() -> None:
+    """Section 3.2: DualPipe over 16 stages. Estimates by hand, in GiB: weights in FP8 both ways 6.1, gradients 12.2,
+    17 chunks of four layers 40.5 on the middle ranks."""
+    made = report_plan()
+    ranks, arenas = buffers(made)
+    assert made.comm["schedule"] == "dualpipe" and len(ranks) == 16
+    assert all(r["peak_bytes"] <= 77 * GIB for r in ranks) and made.memory.fits
+    assert made.memory.per_rank == tuple(r["peak_bytes"] for r in ranks)
+    middle = ranks[7]
+    assert middle["weights"] / GIB == pytest.approx(6.1, abs=0.1)
+    assert middle["gradients"] / GIB == pytest.approx(12.2, abs=0.1)
+    assert middle["optimizer"] / GIB == pytest.approx(2.7, abs=0.1)
+    stage: Any = made.buffers["stage.7"]
+    assert 17 * stage["held"] / GIB == pytest.approx(42, abs=1.5)
+    assert len({tuple(c[2:]) for c in arenas[7]["chunks"]}) <= 64  # so many bindings of the layers at most
+    assert all(a["peak_bytes"] == b["peak_bytes"] for a, b in zip(ranks, reversed(ranks), strict=True))
+    assert made.memory.with_headroom_bytes > made.memory.peak_bytes
+    assert any(n.action == "planned" and "more than the 77.0 GiB there are" in n.reason for n in made.notes)
+    assert sum(n.node.startswith("pipeline rank") for n in made.notes if n.pass_name == "plan_buffers") == 16
+
+
+def test_the_plan_of_2048_ranks_is_small() -> None:
+    assert len(report_plan().to_bytes()) < 8_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import random
@@ -9,6 +10,7 @@ from collections.abc import Callable, Collection
 
 import pytest
 import torch
+from published import RUN, report_plan
 from sequences import draw
 
 from dsv3c import driver, interp, pipeline
@@ -26,6 +28,7 @@ from dsv3c.pipeline import Outcome
 from dsv3c.plan import Plan
 from dsv3c.state import State
 from dsv3c.target import Machine, Target
+from dsv3c.targets import TARGETS
 
 SIZES = {"B": 40}
 SEEDS = range(12)
@@ -311,3 +314,59 @@ def test_prices_only_ever_add() -> None:
     """A dearer byte never makes the pass keep what it computed again before."""
     found = [again_in(planned(p), "moe_block") for p in (1e-4, 3.0, 3.6, 10.0)]
     assert all(a < b for a, b in itertools.pairwise(found))
+
+
+# ---- on the mesh of the report --------------------------------------------------------------------------------------
+
+
+H800_MACHINE = TARGETS["h800"].machine
+
+
+def settled(plan: Plan) -> float:
+    """The price at which a plan was made."""
+    (one,) = (p for p in pipeline.parse(plan.pipeline) if isinstance(p, Recompute))
+    assert one.price is not None
+    return one.price
+
+
+def test_the_published_choice_is_what_makes_the_published_run_fit() -> None:
+    plan = report_plan()
+    assert essence(again_in(plan, "moe_block")) == essence(again_in(plan, "dense_block")) == PUBLISHED
+    assert settled(plan) > 1.0 and plan.memory.fits
+    assert any(n.action == "priced" and "the lowest price at which the plan fits the 77.0 GiB" in n.reason
+               for n in plan.notes)  # fmt: skip
+
+
+def on_another(monkeypatch: pytest.MonkeyPatch, device: Machine, passes: str | None = None) -> Plan:
+    """The published run on a machine that differs, as far as the choice."""
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "find", lambda name: dataclasses.replace(TARGETS[name], machine=device))
+        stop = "recompute"
+        return driver.compile("deepseek-v3", **RUN, passes=passes, stop_after=stop)
+
+
+def test_with_plenty_of_memory_nothing_is_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = on_another(monkeypatch, dataclasses.replace(H800_MACHINE, memory_bytes=250 * GIB))
+    assert settled(plan) == 0.0 and again_in(plan, "moe_block") == set()
+
+
+@pytest.mark.parametrize(
+    ("rate", "bandwidth", "less", "more"),
+    [
+        (0.25, 1.0, {("attention.q_up", "linear")}, set()),
+        (4.0, 1.0, set(), {("attention.q_down", "linear"), ("attention.kv_down", "linear"),
+                           ("mlp.gate_up", "grouped_linear"), ("mlp.shared.gate_up", "linear")}),
+        (1.0, 0.25, {(f"attention.{n}norm", "rms_norm") for n in ("", "q_", "kv_")}, set()),
+    ],
+    ids=["slower FP8", "faster FP8", "slower memory"],
+)  # fmt: skip
+def test_another_machine_makes_another_choice(rate: float, bandwidth: float, less: set[tuple[str, str]],
+                                              more: set[tuple[str, str]],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """At the same price of memory: what is slow there is kept, what is fast is done again."""
+    flops = tuple((d, f * rate if d is DType.e4m3 else f) for d, f in H800_MACHINE.matrix_flops)
+    device = dataclasses.replace(
+        H800_MACHINE, matrix_flops=flops, memory_bandwidth=H800_MACHINE.memory_bandwidth * bandwidth
+    )
+    plan = on_another(monkeypatch, device, report_plan().pipeline)
+    assert essence(again_in(plan, "moe_block")) == PUBLISHED - less | more
