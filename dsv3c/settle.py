@@ -11,10 +11,11 @@ from dsv3c.ir import Graph
 from dsv3c.passes._rank_memory import GraphLayouts
 from dsv3c.passes.differentiate import JOINT
 from dsv3c.passes.dualpipe import DualPipe
+from dsv3c.passes.fuse import Fuse
 from dsv3c.passes.overlap import Overlap
 from dsv3c.passes.plan_buffers import PlanBuffers, plan_memory, rank_memory
 from dsv3c.passes.recompute import Recompute
-from dsv3c.rewrite import crosses_ranks
+from dsv3c.rewrite import called, crosses_ranks
 from dsv3c.schedules import AUTO
 from dsv3c.state import Pass, State, TakeNote
 
@@ -75,13 +76,14 @@ def _price(state: State, behind: tuple[Pass, ...], note: TakeNote) -> float:
     limit = state.machine.memory_bytes if state.machine else 0
     known: dict[tuple[Graph, ...], bool] = {}
     layouts: GraphLayouts = {}
+    fused: dict[Graph, tuple[Graph, ...]] = {}
 
     def fits(price: float) -> bool:
         after = Recompute(price).run(state, _silent)
         choice = after.program.graphs
         if choice not in known:
             for p in behind:
-                after = p.run(after, _silent)
+                after = _fused(p, after, fused) if isinstance(p, Fuse) else p.run(after, _silent)
             known[choice] = plan_memory(after, both=False, known=layouts).peak.peak <= limit
         return known[choice]
 
@@ -103,6 +105,21 @@ def _price(state: State, behind: tuple[Pass, ...], note: TakeNote) -> float:
     price = OVERSIZE_PRICE if state.job.allow_oversize else HIGHEST_PRICE
     note("priced", "memory", f"{price:g} ms per GiB, since at no price the plan fits {there}")
     return price
+
+
+def _fused(fuse: Fuse, state: State, known: dict[Graph, tuple[Graph, ...]]) -> State:
+    """What `fuse` makes of a program, with each graph (and the regions that it then calls) done once for all trials."""
+    program = state.program
+    if any(called(g) for g in program.graphs):
+        return fuse.run(state, _silent)
+    missing = tuple(g for g in program.graphs if g not in known)
+    if missing:
+        made = fuse.run(state.with_program(program.but(graphs=missing, sequences=(), weights=())), _silent).program
+        for g in missing:
+            new = made.graph(g.name)
+            known[g] = (*map(made.graph, called(new)), new)
+    graphs = {new.name: new for g in program.graphs for new in known[g]}
+    return state.with_program(program.with_graphs(tuple(graphs.values())))
 
 
 def _spared(price: float, state: State) -> float:
