@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 else:
     torch = lazy("torch")
 
-UNARY = ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "power_of_two_above")
-"""`power_of_two_above(x)` is the smallest power of two that is at least x, for x > 0."""
+UNARY = (
+    "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "sigmoid", "floor", "half_bits",
+    "half_of_bits", "power_of_two_above",
+)  # fmt: skip
+"""`half_bits(x)` is the number 0 to 65535 that the bits of x in float16 make, for x that float16 holds exactly;
+`half_of_bits` its inverse; `power_of_two_above(x)` the smallest power of two that is at least x, for x > 0."""
 BINARY = ("add", "sub", "mul", "div", "max", "min", "less", "equal")
 TILE_ROWS = 128
 """Neighbouring rows in a tile, counted from the first row: what 128×1 quantization shares a scale over."""
@@ -363,6 +367,10 @@ def _evaluate(row: Row, operands: tuple[torch.Tensor, ...], known: dict[Row, tor
         case Unary(function="power_of_two_above", x=x):
             mantissa, exponent = torch.frexp(of(x))
             return torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).to(exponent.dtype))
+        case Unary(function="half_bits", x=x):
+            return (of(x).half().view(torch.int16).int() & 0xFFFF).to(wide)
+        case Unary(function="half_of_bits", x=x):
+            return of(x).int().to(torch.int16).view(torch.half).to(wide)
         case Unary(function=function, x=x):
             return getattr(torch, function)(of(x))  # type: ignore[no-any-return]
         case Binary(function=function, x=x, y=y):

@@ -35,6 +35,7 @@ LEAST_GROUP = 8
 
 _WORK = {
     "exp": 20, "sigmoid": 24, "log": 30, "sqrt": 6, "rsqrt": 10, "reciprocal": 5, "power_of_two_above": 6, "div": 5,
+    "floor": 2, "half_bits": 6, "half_of_bits": 6,
 }  # fmt: skip
 
 

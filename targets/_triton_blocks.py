@@ -17,7 +17,10 @@ SMALLEST_GROUP = 8
 """Runs of columns shorter than this do not shape the lanes of what is not grouped itself."""
 TALL_COLUMNS = 64
 """Columns of a program that holds a tile of rows, unless groups of columns are wider."""
-TALL_PER_THREAD = 32
+TALL_PER_THREAD = 128
+"""Numbers of a tile of rows that a thread holds, half as many where several pieces become rows: registers for each."""
+VECTOR = 8
+"""Neighbouring rows that a thread holds at most, where columns become rows."""
 PROGRAMS = 264
 """Programs that share the rows of a sum over all rows, whatever the GPU, so that its bits do not depend on it."""
 
@@ -103,10 +106,13 @@ class Blocks:
     """The lanes of a kernel. `mode`: `split` if every block of columns is a program of its own (no number of the row
     depends on all of it), `whole` if a program holds rows in registers, `loop` if it walks over blocks.
 
-    `tall`: a program holds a tile of rows and one block of columns of each stored piece; `results` are then those that
-    may not be summed up from blocks of columns."""
+    `tall`, bits of the widest operand: a program holds a tile of rows and one block of columns of each stored piece;
+    `results` are then those that may not be summed up from blocks of columns. `beside` of its rows go to one thread.
+    `turned`: how many pieces have columns that become rows.
+    """
 
-    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool, tall: bool = False) -> None:
+    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool, tall: int = 0,
+                 turned: int = 0) -> None:  # fmt: skip
         every = tuple(walk(results))
         self._groups: dict[int, int] = {}
         for row in every:
@@ -131,8 +137,13 @@ class Blocks:
         self.lanes = max((d.block for d in pieces), default=1)
         self.chunks = max((d.chunks for d in pieces), default=1) if self.mode == "split" else 1
         self.rows = TILE_ROWS if tall else max(1, LANES // self.lanes)
-        per_thread = TALL_PER_THREAD if tall else LANES_PER_THREAD
-        self.warps = min(16, max(1, self.rows * self.lanes // (32 * per_thread)))
+        self.warps = min(16, max(1, self.rows * self.lanes // (32 * LANES_PER_THREAD)))
+        if tall:
+            per_thread = TALL_PER_THREAD // (1 + (turned > 1))
+            self.warps = min(16, max(4, self.rows * self.lanes // (32 * per_thread)))
+        across = max(1, self.lanes * tall // 128)  # threads that load one row, 16 bytes each
+        self.vector = 128 // tall if tall else 0  # numbers of one load, as many of every type
+        self.beside = max(1, min(VECTOR, self.rows * across // (32 * self.warps)))
 
     def _padded(self, cols: int, group: int) -> int:
         return power_of_two(-(-cols // group)) * power_of_two(group) if group else power_of_two(cols)

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsv3c.lazy import lazy
+from dsv3c.targets._triton_math import SIGMOID_HELPER, SIGMOID_PLAIN
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +140,7 @@ def _unpack(packed: Packed) -> torch.Tensor:
 
 
 def _run(source: str, launches: tuple[Launch, ...], packed: tuple[Packed, ...]) -> tuple[Packed, ...]:
-    module = module_of(source)
+    module = module_of(source.replace(SIGMOID_HELPER, SIGMOID_PLAIN))
     tensors = [_unpack(p) for p in packed]
     for launch in launches:
         kernel: Callable[..., object] = getattr(module, launch.entry)[launch.grid]

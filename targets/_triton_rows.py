@@ -22,7 +22,7 @@ STEP = 16
 """Rows that a turned result is stored in at once; its columns have room for a multiple of them."""
 _PLACES = ("index", "mask")
 """Keys of what a scope knows about columns."""
-ACROSS = True
+ACROSS = False
 """Whether neighbouring programs that hold tiles of rows work on neighbouring columns."""
 FOLD_ROWS = 256
 SUM_COLUMNS, SUM_PROGRAMS = 32, 64
@@ -106,7 +106,10 @@ class _Generator(Values):
             if any(isinstance(r, Reduce) and not r.group for r in walk(rest)):
                 raise IRError(f"{program.name}: what is computed in tiles of rows needs whole rows first")
             widths += [r.x.cols for r in walk(results) if isinstance(r, Reduce) and not r.group]
-        super().__init__(program, Blocks(rest, tuple(widths), may_split, tall))
+        operands = [o.dtype.bits for o in program.operands if o.kind == "row" and o.cols >= max(widths, default=0)]
+        widest = max(operands, default=32) if tall else 0
+        turned = sum(program.results[k].kind == "turned" for k, *_ in self.stored)
+        super().__init__(program, Blocks(rest, tuple(widths), may_split, widest, turned))
         self.across = tall and ACROSS
         self.folds = self.folds if self.blocks.chunks > 1 else ()
         self.programs = PROGRAMS if any(r.kind == "column" for r in program.results) else 0
@@ -177,13 +180,18 @@ class _Generator(Values):
         """Which rows the program works on, and where they lie."""
         lines = self.row.lines
         if self.many:
+            every = f"tl.arange(0, {self.blocks.rows})"
+            if self.tall and self.blocks.beside > 1:  # neighbouring rows to one thread, so that they stand side by side
+                apart = self.blocks.rows // self.blocks.beside
+                every = f"{every} % {apart} * {self.blocks.beside} + {every} // {apart}"
             lines += [
-                f"every = block * {self.blocks.rows} + tl.arange(0, {self.blocks.rows})",
+                f"every = block * {self.blocks.rows} + {every}",
                 "live = every < rows",
                 "r = tl.minimum(every, rows - 1)",
             ]
             if any(r.kind == "turned" for r in self.program.results):  # whole vectors, so that the mask cuts none
-                lines.append(f"run = every // {STEP} * {STEP} < rows")
+                lines.append(f"below = block * {self.blocks.rows} + tl.arange(0, {self.blocks.rows})")
+                lines.append(f"run = below // {STEP} * {STEP} < rows")
         else:
             lines.append("r = block")
         lines += ["o = (r // inner).to(tl.int64)", "i = (r % inner).to(tl.int64)"]
@@ -313,9 +321,12 @@ class _Generator(Values):
             place = f"y{k} + ({columns} + block)[None, {', '.join(':' * axes)}]"
             guard = self.over_rows(mask, domain)
         else:
-            whole = self.let(f"tl.permute({whole}, ({', '.join(map(str, range(1, axes + 1)))}, 0))")
+            beside, rows = self.blocks.beside, self.blocks.rows
+            axis_order = ", ".join(map(str, range(2, axes + 2)))
+            whole = self.let(f"tl.reshape({whole}, [{beside}, {rows // beside}, {lanes}])")
+            whole = self.let(f"tl.reshape(tl.permute({whole}, ({axis_order}, 1, 0)), [{lanes}, {rows}])")
             spread, below = f"[{', '.join(':' * axes)}, None]", f"[{'None, ' * axes}:]"
-            place = f"y{k} + ({columns}){spread} + every{below}"
+            place = f"y{k} + ({columns}){spread} + below{below}"
             guard = f"run{below}" + (f" & {mask}{spread}" if mask else "")
         self.scope.lines.append(f"tl.store({place}, {whole}{f', mask={guard}' if guard else ''})")
 

@@ -102,6 +102,8 @@ class Values:
                 text = f"{scaled} + {plus}" if by == 1 else f"{before} // {by}"
             else:
                 text = self._columns(at.domain)
+                if self.blocks.vector and at.domain.lanes_per_group > self.blocks.vector:
+                    text = f"tl.max_contiguous({text}, [1, {self.blocks.vector}])"
             scope.lines.append(f"{name} = {text}")
             scope.known[key] = name
         return scope.known[key]
@@ -159,6 +161,7 @@ class Values:
             case Operand(index=index):
                 return self._load(index, at)
             case Unary(function=function, x=x):
+                self.helpers |= {function} & {*tt.HELPERS}
                 return tt.unary(function, self._tensor_of(x, at), self.let)
             case Binary(
                 function="max", x=Binary(function="div", x=x, y=Constant(value=by)), y=Constant(value=least)

@@ -156,10 +156,14 @@ def unary(function: str, x: str, wide: str, let: Let) -> str:
     match function:
         case "neg":
             return f"{x} * {number(-1.0, wide)}"
-        case "abs" | "log" | "sqrt":
+        case "abs" | "log" | "sqrt" | "floor":
             return f"T.{function}({x})"
         case "rsqrt":
             return f"{one} / T.sqrt({x})"
+        case "half_bits":
+            return _half_bits(x, wide, let)
+        case "half_of_bits":
+            return _half_of_bits(x, wide, let)
         case "reciprocal":
             return f"{one} / {x}"
         case "exp":
@@ -171,6 +175,23 @@ def unary(function: str, x: str, wide: str, let: Let) -> str:
             return _power_of_two_above(x, wide, let)
         case _:
             raise AssertionError(f"no rule for {function}")
+
+
+def _half_bits(x: str, wide: str, let: Let) -> str:
+    """Exponents of float16 are those of float32 less 112; its subnormal numbers become those of float32."""
+    single = _single(x, wide, let)
+    small = let(f"T.abs({single}) * T.float32({2.0**-112!r})", "float32")
+    sign = f"T.shift_left(T.shift_right({_bits(single)}, T.uint32(31)), T.uint32(15))"
+    return f'T.Cast("{wide}", T.bitwise_or({sign}, T.shift_right({_bits(small)}, T.uint32(13))))'
+
+
+def _half_of_bits(x: str, wide: str, let: Let) -> str:
+    n = let(f'T.Cast("uint32", {x})', "uint32")
+    size = f'T.reinterpret("float32", T.shift_left(T.bitwise_and({n}, T.uint32(32767)), T.uint32(13)))'
+    value = let(f"{size} * T.float32({2.0**112!r})", "float32")
+    sign = f"T.shift_left(T.shift_right({n}, T.uint32(15)), T.uint32(31))"
+    text = f'T.reinterpret("float32", T.bitwise_or({sign}, {_bits(value)}))'
+    return text if wide == "float32" else f'T.Cast("{wide}", {text})'
 
 
 def _exp(x: str, wide: str, let: Let) -> str:

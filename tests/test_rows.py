@@ -60,7 +60,9 @@ x, y, one, column = operands()
 UNARY_MEANING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "neg": lambda t: -t, "abs": abs, "exp": torch.exp, "log": torch.log, "sqrt": lambda t: t**0.5,
     "rsqrt": lambda t: t**-0.5, "reciprocal": lambda t: 1 / t, "sigmoid": lambda t: 1 / (1 + torch.exp(-t)),
-    "power_of_two_above": lambda t: 2 ** torch.ceil(torch.log2(t)),
+    "power_of_two_above": lambda t: 2 ** torch.ceil(torch.log2(t)), "floor": lambda t: t - t % 1,
+    "half_bits": lambda t: t.half().view(torch.int16).double() % 2**16,
+    "half_of_bits": lambda t: t.int().to(torch.int16).view(torch.half).double(),
 }  # fmt: skip
 BINARY_MEANING: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "add": lambda a, b: a + b, "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "div": lambda a, b: a / b,

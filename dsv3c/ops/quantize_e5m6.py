@@ -3,7 +3,7 @@
 float16's exponents, 6 bits of mantissa, saturating at 65024; scales per tile of 128 are powers of two, amax/65024 or
 the next above. In memory a row of n numbers is n bytes with the upper 8 bits of each, then n/2 bytes with the lower 4
 bits of columns j (low half of the byte) and j + n/2. Negative zero becomes zero; a number that is not finite becomes
-zero under a scale of NaN. The row programs work on the bits in exact float32 arithmetic, which every generator has.
+zero under a scale of NaN. The row programs work on the bits as numbers, which float32 holds exactly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dsv3c.ops.quantize import (
     spread_row,
     tiles,
 )
-from dsv3c.rows import Row, Rowwise, binary, columns, exp, join, rounded, select, unary
+from dsv3c.rows import Row, Rowwise, binary, columns, join, rounded, select, unary
 from dsv3c.tensors import round_to, torch_dtype, wide
 
 if TYPE_CHECKING:
@@ -34,8 +34,6 @@ else:
     torch = lazy("torch")
 
 E5M6_MAX = 65024.0
-LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 def _infer_e5m6(x: Type) -> tuple[Type, Type]:
@@ -57,24 +55,11 @@ def _quantize_e5m6(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat((code >> 4, low[..., :half] | low[..., half:] << 4), -1).to(torch.uint8), s
 
 
-def _floor_row(x: Row) -> Row:
-    """floor(x) for multiples 0 ≤ x < 126 of 1/64: bf16 steps by 1 from 128 to 256."""
-    return rounded(x + (130.0 - 63 / 128), DType.bf16) - 130.0
-
-
-def _power_of_two(exponent: Row) -> Row:
-    """2^exponent for integers: what is just above 3/4 of an inexact exp."""
-    return unary("power_of_two_above", exp(exponent * LN_2) * 0.75)
-
-
 def _code_row(value: Row) -> tuple[Row, Row]:
-    """The upper 8 and the lower 4 bits of an E5M6 number, in exact float32 arithmetic."""
-    size = unary("abs", value)
-    power = unary("power_of_two_above", binary("max", size, 2.0**-14) * (1 + 2.0**-8)) * 0.5
-    exponent = rounded(unary("log", power) * LOG2_E, DType.bf16)
-    code = size * _power_of_two(-exponent) * 64.0 + (exponent + 14.0) * 64.0
-    upper = _floor_row(code * (1 / 16))
-    return upper + select(binary("less", value, 0.0), 128.0, 0.0), code - upper * 16.0
+    """The upper 8 and the lower 4 bits of an E5M6 number: the upper 12 of float16."""
+    bits = select(binary("equal", value, 0.0), 0.0, unary("half_bits", value))
+    upper = unary("floor", bits * (1 / 256))
+    return upper, (bits - upper * 256.0) * (1 / 16)
 
 
 def _scaled_row(x: Row) -> tuple[Row, Row]:
@@ -134,19 +119,14 @@ def _dequantize_e5m6(q: torch.Tensor, s: torch.Tensor, *, dtype: str) -> torch.T
 
 
 def _value_row(upper: Row, low: Row) -> Row:
-    """The number of an E5M6 code, in exact float32 arithmetic."""
-    negative = binary("less", 127.5, upper)
-    code = (upper - select(negative, 128.0, 0.0)) * 16.0 + low
-    exponent = _floor_row(code * (1 / 64))
-    normal = binary("less", 0.5, exponent)
-    fraction = code - exponent * 64.0 + select(normal, 64.0, 0.0)
-    return fraction * _power_of_two(select(normal, exponent, 1.0) - 21.0) * select(negative, -1.0, 1.0)
+    """The number of an E5M6 code."""
+    return unary("half_of_bits", upper * 256.0 + low * 16.0)
 
 
 def _dequantize_e5m6_row(q: Row, s: Row, *, dtype: str) -> Row:
     half = q.cols // 3
     packed = columns(q, 2 * half, 3 * half)
-    right = _floor_row(packed * (1 / 16))
+    right = unary("floor", packed * (1 / 16))
     values = (
         _value_row(columns(q, 0, half), packed - right * 16.0),
         _value_row(columns(q, half, 2 * half), right),
