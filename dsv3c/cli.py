@@ -68,7 +68,13 @@ def _open_streams() -> None:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"dsv3c: {message}", file=sys.stderr)
+    """Print an error; of ranks that have the same one, the first does."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        from dsv3c.runtime.watch import first_to_say
+
+        if not first_to_say(message):
+            return status
+    print(f"dsv3c: {message}", file=sys.stderr, flush=True)
     return status
 
 
@@ -176,13 +182,13 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--mesh",
         metavar="AXES",
-        help="ranks by axis, for example pp=16,dp=128,ep=64 (default one; only recorded yet)",
+        help="ranks by axis, for example pp=16,dp=128,ep=64 (default one)",
     )
     p.add_argument(
         "--ranks-per-node",
         type=_count,
         metavar="N",
-        help="ranks that share the fast link (default 8; only recorded yet)",
+        help="ranks that share the fast link (default 8)",
     )
     p.add_argument(
         "--seq", type=_count, metavar="N", help="tokens in a sequence (default what the model takes, at most 4096)"
@@ -190,9 +196,9 @@ def _compile(p: argparse.ArgumentParser) -> None:
     p.add_argument("--micro-batch", type=_count, metavar="N", help="sequences at a time (default 1)")
     p.add_argument("--global-batch", type=_count, metavar="N", help="sequences in a step (default micro-batch x dp)")
     p.add_argument("--precision", choices=PRECISIONS, help="of the arithmetic (default fp32 on cpu, fp8 on Hopper)")
-    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto; only recorded yet)")
+    p.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline ranks (default auto)")
     p.add_argument("--expert-headroom", type=_real, metavar="X",
-                   help="expert buffers as a multiple of balanced load (default 1.5; only recorded yet)")  # fmt: skip
+                   help="expert buffers as a multiple of balanced load (default 1.5)")  # fmt: skip
     p.add_argument("--kernels", choices=KERNELS, help="how far kernels are made (default binary)")
     p.add_argument(
         "--implementations",
@@ -259,6 +265,9 @@ def _train(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lr", type=_real, metavar="X", help="peak learning rate (default the plan's)")
     p.add_argument("--tokenizer", metavar="FILE|bytes",
                    help="a tokenizer.json, or raw bytes (default byte-level BPE trained on the data)")  # fmt: skip
+    p.add_argument("--trace", metavar="FILE.json",
+                   help="of many ranks, write what each did in the last steps to FILE.rankN.json, as a Chrome "
+                        "trace")  # fmt: skip
 
 
 def _generate(p: argparse.ArgumentParser) -> None:

@@ -9,13 +9,16 @@ import re
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from dsv3c.errors import InputError
 from dsv3c.interleave import Overlap, PairOrder, Step
 from dsv3c.ir import Phase
-from dsv3c.schedule import Action, Schedule
+from dsv3c.schedule import Action, Schedule, parse_csv
 from dsv3c.schedules import verify
+
+if TYPE_CHECKING:
+    from dsv3c.plan import Plan
 
 Named: TypeAlias = tuple[tuple[str, int], ...]
 """Tensors by name, with their bytes, in the order in which they are sent."""
@@ -298,3 +301,21 @@ def _overlap(data: Mapping[str, Any] | None) -> Overlap | None:
         steps = (text.split(" ", 2) for text in p["steps"])
         pairs.append(PairOrder(**{**p, "steps": tuple(Step(w, Phase(x), name) for w, x, name in steps)}))
     return Overlap(int(data["communication_units"]), tuple(pairs))
+
+
+def division(plan: Plan) -> tuple[Schedule, CommPlan]:
+    """The schedule and the communication of a plan for many ranks, proven to fit together.
+
+    Raises InputError if the plan has none, a dependency is not met, a message has no counterpart, or the ranks would
+    wait for each other.
+    """
+    if not plan.schedule or not plan.comm:
+        raise InputError(
+            f"the passes of this plan, '{plan.pipeline}', do not divide it among its {plan.job.mesh.world} ranks; "
+            "compile it without -p"
+        )
+    comm = from_json(plan.comm)
+    schedule = parse_csv(plan.schedule, comm.schedule)
+    verify(schedule)
+    check(comm, schedule)
+    return schedule, comm

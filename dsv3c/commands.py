@@ -105,9 +105,13 @@ def _standard_input() -> str:
 
 def inspect(a: argparse.Namespace) -> int:
     """`dsv3c inspect`: what a plan holds."""
+    from dsv3c.comm import division
     from dsv3c.plan import load_plan, summary
+    from dsv3c.stages import stage_count
 
     plan = load_plan(a.plan)
+    if stage_count(plan.program):
+        division(plan)
     if a.json:
         write_json(summary(plan))
     elif a.ir:
@@ -208,12 +212,13 @@ def train(a: argparse.Namespace) -> int:
 
     result = run(
         load_plan(a.plan), a.data, steps=a.steps, out=a.out, init=a.init, resume=a.resume, seed=a.seed,
-        save_every=a.save_every, lr=a.lr, tokenizer=a.tokenizer,
+        save_every=a.save_every, lr=a.lr, tokenizer=a.tokenizer, trace=a.trace,
     )  # fmt: skip
-    if a.json:
-        write_json(dataclasses.asdict(result))
-    elif result.rank == 0:
-        print(result)
+    if result.rank == 0:
+        if a.json:
+            write_json(dataclasses.asdict(result))
+        else:
+            print(result)
     return 130 if result.interrupted else 0
 
 
@@ -340,7 +345,7 @@ def _overview(plan: Plan, shown: int | None = None) -> str:
 def _mesh(mesh: Mesh) -> str:
     if mesh.world == 1:
         return "1 rank"
-    return f"{mesh} ({mesh.world} ranks; not divided yet: all figures are of one rank that holds everything)"
+    return f"{mesh} ({mesh.world} ranks)"
 
 
 def _peak(memory: Memory) -> str:

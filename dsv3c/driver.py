@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dsv3c import pipeline
 from dsv3c.arena import BufferPlan, Slot
@@ -93,10 +93,20 @@ def default_passes(job: Job) -> str:
 
 def load(plan: Plan | PathLike, weights: PathLike | None = None, seed: int = 0) -> Session:
     """A session that executes a plan (or the file that holds it). `weights`: a Hugging Face directory, or None to draw
-    them from `seed`."""
+    them from `seed`.
+
+    For a plan for many ranks this process must be one of those that torchrun started. It gets a
+    `dsv3c.runtime.ranks.RankSession`: all ranks call `step`, `save_hf` and at the end `close` together.
+    """
+    found = plan if isinstance(plan, Plan) else load_plan(plan)
+    directory = os.fspath(weights) if weights else None
+    if found.job.mesh.world > 1:
+        from dsv3c.runtime.ranks import RankSession, connect
+
+        return cast("Session", RankSession(found, connect(found), directory, seed))
     from dsv3c.runtime.session import Session
 
-    return Session(plan if isinstance(plan, Plan) else load_plan(plan), os.fspath(weights) if weights else None, seed)
+    return Session(found, directory, seed)
 
 
 def make_job(config: ModelConfig, target: Target, *, kind: str, mesh: str, ranks_per_node: int, seq: int | None,

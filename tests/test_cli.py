@@ -427,7 +427,7 @@ def test_train(fake: Fake, calls: Calls, plans: tuple[str, str], capsys: pytest.
     (_, args, given) = calls.pop()
     assert args == (make_plan(), ["a", "b"])
     assert given == {"steps": 3, "out": "o", "init": None, "resume": True, "seed": 0, "save_every": None, "lr": 0.1,
-                     "tokenizer": "bytes"}  # fmt: skip
+                     "tokenizer": "bytes", "trace": None}  # fmt: skip
     fake("runtime.train", train=FakeResult(interrupted=True))
     assert cli.main(line) == 130
     assert capsys.readouterr().out == "done\n"

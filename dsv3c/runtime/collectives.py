@@ -23,6 +23,10 @@ CHUNK_BYTES = 256 << 20
 """Temporary memory of one step of `exchange_shards`."""
 
 
+class LostPeerError(WorkError):
+    """A transfer failed, most likely since another rank is gone."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Some ranks, ascending, and this rank's place among them; `handle` is None for a group of one.
@@ -61,9 +65,9 @@ class Pending:
         self.works, self.tensors, self.after = [], (), None
 
 
-def _lost(peers: str, error: RuntimeError) -> WorkError:
+def _lost(peers: str, error: RuntimeError) -> LostPeerError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
-    return WorkError(f"a transfer with {peers} failed: {reason}; is it still running?")
+    return LostPeerError(f"a transfer with {peers} failed: {reason}; is it still running?")
 
 
 def swap(group: Group, sends: Sequence[Sequence[torch.Tensor]], receives: Sequence[Sequence[torch.Tensor]]) -> Pending:

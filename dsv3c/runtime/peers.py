@@ -53,15 +53,20 @@ class GroupPeers:
         import torch
         import torch.distributed as dist
 
+        from dsv3c.runtime.collectives import LostPeerError
+
         data = text.encode()
         length = torch.tensor([len(data)], device=self._device)
         lengths = [torch.zeros_like(length) for _ in range(self.size)]
-        dist.all_gather(lengths, length, group=self._group)
-        sizes = [int(n) for n in lengths]
-        padded = bytearray(data.ljust(max(*sizes, 1), b"\0"))
-        sent = torch.frombuffer(padded, dtype=torch.uint8).to(self._device)
-        received = [torch.empty_like(sent) for _ in sizes]
-        dist.all_gather(received, sent, group=self._group)
+        try:
+            dist.all_gather(lengths, length, group=self._group)
+            sizes = [int(n) for n in lengths]
+            padded = bytearray(data.ljust(max(*sizes, 1), b"\0"))
+            sent = torch.frombuffer(padded, dtype=torch.uint8).to(self._device)
+            received = [torch.empty_like(sent) for _ in sizes]
+            dist.all_gather(received, sent, group=self._group)
+        except RuntimeError as error:
+            raise LostPeerError(f"a rank stopped while rank {self.rank} waited for all: {error}") from error
         return [bytes(t[:n].cpu().numpy()).decode() for t, n in zip(received, sizes, strict=True)]
 
 

@@ -7,13 +7,15 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from dsv3c.comm import CommPlan, check, from_json
+from dsv3c.comm import CommPlan, division
 from dsv3c.dims import bind
-from dsv3c.errors import InputError, WorkError
+from dsv3c.errors import InputError
 from dsv3c.ir import Program
 from dsv3c.job import Recipe
 from dsv3c.models import MODELS
@@ -21,35 +23,25 @@ from dsv3c.models.config import ModelConfig
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Plan
 from dsv3c.runtime.actions import Actions, Border
-from dsv3c.runtime.collectives import CHANNELS
+from dsv3c.runtime.collectives import CHANNELS, LostPeerError
 from dsv3c.runtime.epilogue import Epilogue
 from dsv3c.runtime.exchange import Exchange
 from dsv3c.runtime.executor import Engine, prepare_sequence
+from dsv3c.runtime.export import write_hf_together
+from dsv3c.runtime.faults import first_unusable, unusable
 from dsv3c.runtime.lanes import Lanes
 from dsv3c.runtime.peers import GroupPeers
 from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.runner import Runner
-from dsv3c.runtime.session import StepResult
+from dsv3c.runtime.session import BadStepError, StepResult
 from dsv3c.runtime.stages import Chunk, bind_stages
 from dsv3c.runtime.world import World
-from dsv3c.schedule import Schedule, parse_csv
+from dsv3c.schedule import Schedule, show_cell
 from dsv3c.schedules import verify
 from dsv3c.stages import prologue_of, stage_name
 from dsv3c.target import Target
 from dsv3c.targets import find
 from dsv3c.tensors import torch_dtype
-
-
-def division(plan: Plan) -> tuple[Schedule, CommPlan]:
-    """The schedule and the communication of a plan for many ranks, proven to fit together.
-
-    Raises InputError if a dependency is not met, a message has no counterpart, or the ranks would wait for each other.
-    """
-    comm = from_json(plan.comm)
-    schedule = parse_csv(plan.schedule, comm.schedule)
-    verify(schedule)
-    check(comm, schedule)
-    return schedule, comm
 
 
 def connect(plan: Plan) -> World:
@@ -79,15 +71,20 @@ def _exchange(program: Program, comm: CommPlan, world: World, sizes: Mapping[str
                     target.implementations.get("unpermute"))  # fmt: skip
 
 
+ONE_RANK = ("cache", "expert_choices", "forward", "generate", "gradients", "losses", "stream")
+"""What a session on one rank does and one of many does not."""
+
+
 class RankSession:
     """Trains one rank's part of a plan. All ranks make one together, and call its methods together.
 
     `weights`: a Hugging Face directory, or None to draw them from `seed`. `recording`: keep a timeline in `lanes`.
-    `watch(cell)` is called before each cell of the schedule.
+    `watch(i)` is called before `cells[i]` begins, in each step. `stop()`: whether this rank is to stop; if it says so
+    on any rank before the end of a step, `stopping` is True on all of them after it.
     """
 
     def __init__(self, plan: Plan, world: World, weights: str | Path | None = None, seed: int = 0,
-                 recording: bool = False, watch: Callable[[str], None] = lambda cell: None) -> None:  # fmt: skip
+                 recording: bool = False, watch: Callable[[int], None] = lambda cell: None) -> None:  # fmt: skip
         job = plan.job
         if job.kind != "train":
             raise InputError(f"a plan of --job {job.kind} for {job.mesh.world} ranks cannot run; compile --job train")
@@ -98,10 +95,14 @@ class RankSession:
         self.family = MODELS[self.program.name]
         self.recipe: Recipe = job.recipe
         self.steps = 0
+        self.stopping = False
+        self.stop: Callable[[], bool] = lambda: False
         self.device = str(world.device)
         target = find(plan.target)
         self.schedule, self.comm = division(plan)
         occupancy = verify(self.schedule)
+        self.cells = cells(self.schedule, world.pp_index)
+        self._watch = watch
         held = self.schedule.held(world.pp_index)
         sizes = {"B": job.micro_batch, "S": job.seq, "C": job.seq, **dict(self.comm.rows)}
         exchange = _exchange(self.program, self.comm, world, sizes, target)
@@ -128,9 +129,10 @@ class RankSession:
         self._load_table = torch.zeros(len(self._biases), experts, dtype=wide, device=self.device)
         self.lanes = Lanes(self.device, recording)
         orders = {(p.forward, p.backward): p.steps for p in self.comm.overlap.pairs} if self.comm.overlap else {}
+        self._borders = borders(self.comm)
         self._actions = Actions(
-            self.schedule, world.pp_index, self.stages, borders(self.comm), {c: world.channel(c) for c in CHANNELS},
-            self.lanes, orders, self._collect, lambda i: watch(str(i)),
+            self.schedule, world.pp_index, self.stages, self._borders, {c: world.channel(c) for c in CHANNELS},
+            self.lanes, orders, self._collect, watch,
         )  # fmt: skip
         self._stale = True
 
@@ -145,30 +147,57 @@ class RankSession:
         self._loss_table.zero_()
         self._load_table.zero_()
         self._actions.run(mine)
+        self._watch(len(self.cells) - 2)
         self.weights.reduce()
         squares = self._epilogue.squares()
         self.weights.add_ranks(squares)
         losses, loads = self._shared()
+        self._watch(len(self.cells) - 1)
         norm = math.sqrt(float(squares))
-        bad = [n for n, v in losses.items() if not math.isfinite(v)]
-        if bad or not math.isfinite(norm):
-            wrong = f"{bad[0]} is {losses[bad[0]]}" if bad else f"the gradient norm is {norm}"
-            raise WorkError(
-                f"step {self.steps + 1}: {wrong}. Nothing of this step was applied; start again with a lower --lr or "
-                "other data, or resume from the last checkpoint."
-            )
-        self.steps += 1
         rate = self.recipe.lr if lr is None else lr
-        self._epilogue.update(rate, self.steps, squares)
-        by_layer = {}
-        for (layer, bias), load in zip(self._biases, loads, strict=True):
-            by_layer[layer] = load
-            if bias in self.weights.tensors:
-                self._epilogue.update_bias(bias, load.to(self.device))
-        self._stale = True
         mtp = tuple(v for n, v in losses.items() if n.startswith("loss.mtp"))
         balance = sum(v for n, v in losses.items() if n.startswith("balance"))
-        return StepResult(self.steps, losses["loss.main"], mtp, balance, norm, rate, tokens.numel(), by_layer)
+        by_layer = {layer: load for (layer, _), load in zip(self._biases, loads, strict=True)}
+        main = losses["loss.main"]
+        result = StepResult(self.steps + 1, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
+        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
+            wrong = f"loss is {main}" if not math.isfinite(main) else f"gradient norm is {norm}"
+            raise BadStepError(
+                f"step {result.step}: the {wrong}. {self._where(mine)}. Nothing of this step was applied; start again "
+                "with a lower --lr or other data, or resume from the last checkpoint.",
+                result,
+            )
+        self.steps += 1
+        self._epilogue.update(rate, self.steps, squares)
+        for layer, bias in self._biases:
+            if bias in self.weights.tensors:
+                self._epilogue.update_bias(bias, by_layer[layer].to(self.device))
+        self._stale = True
+        return result
+
+    def save_hf(self, directory: str | Path) -> None:
+        """Write a checkpoint that transformers, vLLM and SGLang load; each rank writes what falls to it."""
+        write_hf_together(directory, self.config, self.weights, self.family.parts, None, GroupPeers())
+        self._stale = True
+
+    def close(self) -> None:
+        """Leave the other ranks, when all have come here."""
+        self.world.close()
+
+    def __enter__(self) -> RankSession:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        self.world.close(clean=kind is None)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name in ONE_RANK:
+            raise InputError(
+                f"a plan for {self.plan.job.mesh.world} ranks only trains; save_hf, then load that on one rank for "
+                f"{name}"
+            )
+        raise AttributeError(f"'RankSession' object has no attribute '{name}'")
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -219,10 +248,15 @@ class RankSession:
 
     def _shared(self) -> tuple[dict[str, float], torch.Tensor]:
         """The mean of each loss and the loads [layers, E] over all ranks; micro-batches are added up in their order."""
-        host = torch.cat((self._loss_table.flatten(), self._load_table.flatten())).cpu()
+        stop = self._loss_table.new_full((1,), float(self.stop()))
+        host = torch.cat((self._loss_table.flatten(), self._load_table.flatten(), stop)).cpu()
         if self.world.size > 1:
-            dist.all_reduce(host)  # every loss is there once, all others zero, and loads are whole numbers: exact
-        table, loads = host.split((self._loss_table.numel(), self._load_table.numel()))
+            try:
+                dist.all_reduce(host)  # every loss is there once, all others zero, and loads are whole numbers: exact
+            except RuntimeError as error:
+                raise LostPeerError(f"a rank stopped while rank {self.world.rank} waited for all") from error
+        table, loads = host[:-1].split((self._loss_table.numel(), self._load_table.numel()))
+        self.stopping = bool(host[-1])
         rows = table.view_as(self._loss_table)
         losses = {}
         for name, row in zip(self._losses, rows.tolist(), strict=True):
@@ -231,3 +265,38 @@ class RankSession:
                 total += value
             losses[name] = total / len(row)
         return losses, loads.view_as(self._load_table).to(torch_dtype(self.weights.wide))
+
+    def _where(self, mine: list[torch.Tensor]) -> str:
+        """A sentence on the first value of this step that is no number, found by doing it again, on all ranks."""
+        found: list[str] = []
+        held = first_unusable(self.weights.tensors)
+        if held is not None:
+            found.append(f"The weight {held[0]} held {held[1]} before it")
+        where = f"on rank {self.world.rank}"
+
+        def look(stage: int, micro_batch: int, chunk: Chunk) -> None:
+            names = (*self.program.sequence(stage_name(stage)).losses, *self._borders[stage][1][0])
+            for name in names:
+                what = unusable(chunk.values[name])
+                if what is not None and not found:
+                    found.append(f"The first value that is no number: {name}, which stage {stage} {where} made of its "
+                                 f"micro-batch {micro_batch + 1}, holds {what}")  # fmt: skip
+
+        self.weights.zero_gradients()
+        self._actions.on_forward = look
+        try:
+            self._actions.run(mine)
+        finally:
+            self._actions.on_forward = self._collect
+        wrong = first_unusable(self.weights.gradients())
+        if wrong is not None and not found:
+            found.append(f"The first value that is no number: the gradient of {wrong[0]} {where} holds {wrong[1]}")
+        told = [text for text in self.world.share("".join(found[:1])) if text]
+        told.sort(key=lambda text: ("gradient" in text, "stage" in text and int(text.split(" stage ")[1].split()[0])))
+        return told[0] if told else "Every value is a number; what overflows is a sum over micro-batches or ranks"
+
+
+def cells(schedule: Schedule, pp_index: int) -> tuple[str, ...]:
+    """Where a rank can be in a step, in words: its cells of the schedule, and what comes behind them."""
+    row = schedule.rows[pp_index]
+    return (*(show_cell(c) for c in row), "the sum of the gradients", "the update of the weights")

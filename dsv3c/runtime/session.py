@@ -47,6 +47,14 @@ class StepResult:
     expert_load: Mapping[str, torch.Tensor]
 
 
+class BadStepError(WorkError):
+    """A step gave numbers that are none, and nothing of it was applied; `result`: what it gave."""
+
+    def __init__(self, message: str, result: StepResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
 class Session:
     """Runs one plan. `weights`: a Hugging Face directory, or None to draw them from `seed`."""
 
@@ -192,26 +200,26 @@ class Session:
         squares = self._epilogue.squares()
         losses, norm, loads = sums.read(squares)
         main = losses["loss.main"]
+        mtp = tuple(v for n, v in losses.items() if n.startswith("loss.mtp"))
+        balance = sum(v for n, v in losses.items() if n.startswith("balance"))
+        routed = {y: n for y in sequence.layers for n in y.outputs if n in loads}
+        by_layer = {y.name: loads[n] for y, n in routed.items()}
+        result = StepResult(self.steps + 1, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
         if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
             wrong = f"loss is {main}" if not math.isfinite(main) else f"gradient norm is {norm}"
-            raise WorkError(
-                f"step {self.steps + 1}: the {wrong}. {self._where(runner, parts)}. Nothing of this step was applied; "
-                "start again with a lower --lr or other data, or resume from the last checkpoint."
+            raise BadStepError(
+                f"step {result.step}: the {wrong}. {self._where(runner, parts)}. Nothing of this step was applied; "
+                "start again with a lower --lr or other data, or resume from the last checkpoint.",
+                result,
             )
         self.steps += 1
         self._epilogue.update(rate, self.steps, squares)
         self._generation += 1
-        by_layer: dict[str, torch.Tensor] = {}
-        for layer in sequence.layers:
-            name = next((n for n in layer.outputs if n in loads), None)
-            if name is not None:
-                bias = next(n for n in layer.inputs if n in self.weights.tensors)
-                self._epilogue.update_bias(bias, sums.load(name))
-                by_layer[layer.name] = loads[name]
+        for layer, name in routed.items():
+            bias = next(n for n in layer.inputs if n in self.weights.tensors)
+            self._epilogue.update_bias(bias, sums.load(name))
         self._stale = True
-        mtp = tuple(v for n, v in losses.items() if n.startswith("loss.mtp"))
-        balance = sum(v for n, v in losses.items() if n.startswith("balance"))
-        return StepResult(self.steps, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
+        return result
 
     def _where(self, runner: Runner, parts: tuple[torch.Tensor, ...]) -> str:
         """A sentence on the first value of this step that is no number, found by doing it again."""

@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from dsv3c.errors import InputError, WorkError
 from dsv3c.job import Mesh
-from dsv3c.runtime.collectives import CHANNELS, Channel, Group, swap
+from dsv3c.runtime.collectives import CHANNELS, Channel, Group, LostPeerError, swap
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -187,7 +187,7 @@ class World:
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise WorkError(f"a rank stopped while rank {self.rank} waited for all: {_first_line(error)}") from error
+            raise self._lost(error) from error
 
     def share(self, text: str) -> list[str]:
         """What every rank gave, in order of ranks; all call it. Raises WorkError if one is lost."""
@@ -201,8 +201,11 @@ class World:
             texts = [torch.zeros(room, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(texts, torch.tensor(list(own.ljust(room, b"\0")), dtype=torch.uint8))
         except RuntimeError as error:
-            raise WorkError(f"a rank stopped while rank {self.rank} waited for all: {_first_line(error)}") from error
+            raise self._lost(error) from error
         return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, sizes, strict=True)]
+
+    def _lost(self, error: RuntimeError) -> LostPeerError:
+        return LostPeerError(f"a rank stopped while rank {self.rank} waited for all: {_first_line(error)}")
 
     # ---- begin and end ---------------------------------------------------------------------------------------------
 
@@ -293,7 +296,7 @@ def _place(mesh: Mesh, environment: Mapping[str, str]) -> tuple[int, int, int]:
     if missing:
         raise InputError(
             f"this plan is for {mesh.world} ranks ({mesh}) and {missing[0]} is not set; "
-            f"start it with torchrun --nproc-per-node {mesh.world} -m dsv3c ..."
+            f"start it with torchrun --nproc-per-node {mesh.world} -m dsv3c train ..., or so your own script"
         )
     try:
         rank, size, local = (int(environment[name]) for name in _VARIABLES[:3])
