@@ -37,7 +37,9 @@ class Fuse(Pass):
         regions: dict[str, Graph] = {}
         graphs = []
         for graph in program.graphs:
-            graphs.append(graph if graph.name in called else self._fuse(graph, state.registry, regions, note))
+            if graph.name not in called:
+                graph = self._fuse(paired(graph, note), state.registry, regions, note)
+            graphs.append(graph)
         new = tuple(r for r in regions.values() if not program.has_graph(r.name))
         return state.with_program(program.with_graphs((*new, *graphs)))
 
@@ -78,6 +80,24 @@ class Fuse(Pass):
             if node.op != CALL and not registry[node.op].view and not is_rowwise(node, registry):
                 why = "is not row-wise" if registry[node.op].rows is None else "has rows of any number of columns"
                 note("kept", f"{graph.name}.{place_of(node)}", f"{node.op} {why}")
+
+
+PAIRS = {("quantize_block", "transpose_blocks"): "quantize_block_both"}
+"""An op, the op that reads all that it makes and nothing else, and the op that does both in one pass."""
+
+
+def paired(graph: Graph, note: TakeNote) -> Graph:
+    """The graph with an op for each of the `PAIRS` in it: not row-wise, but one trip through memory as well."""
+    made = {n.outputs: i for i, n in enumerate(graph.nodes)}
+    nodes: list[Node | None] = list(graph.nodes)
+    for j, second in enumerate(graph.nodes):
+        i = made.get(second.inputs)
+        first = None if i is None else nodes[i]
+        both = PAIRS.get((first.op, second.op)) if first is not None else None
+        if i is not None and first is not None and both is not None and first.phase is second.phase:
+            nodes[i], nodes[j] = replace(first, op=both, outputs=(*first.outputs, *second.outputs)), None
+            note("fused", f"{graph.name}.{place_of(first)}", f"{first.op} + {second.op} into {both}")
+    return graph if None not in nodes else graph.but(nodes=tuple(n for n in nodes if n is not None))
 
 
 _REGION = "region being named"

@@ -15,7 +15,7 @@ from dsv3c.target import Implementation
 from dsv3c.targets._cuda_launch import Call, in_turn, launch, scratch
 from dsv3c.targets._cuda_matrix import fits_tma, zero_tail
 from dsv3c.targets._cuda_products import Picked, Products, Values
-from dsv3c.targets._cuda_text import QUANTIZE_BLOCK, QUANTIZE_ROWS, TRANSPOSE
+from dsv3c.targets._cuda_text import QUANTIZE_BLOCK, QUANTIZE_BLOCK_BOTH, QUANTIZE_ROWS, TRANSPOSE
 from dsv3c.targets._products import FALLBACK
 from dsv3c.targets._torch_matrix import matrix, viewable
 
@@ -205,6 +205,15 @@ def quantize_block(inputs: Tensors, outputs: Tensors, *, power_of_two: bool) -> 
     return launch(QUANTIZE_BLOCK, "quantize_block", grid, values, warps=8, POWER=int(power_of_two))
 
 
+def quantize_block_both(inputs: Tensors, outputs: Tensors, *, power_of_two: bool) -> Call:
+    (w,), (q, s, qt, st) = inputs, outputs
+    n, k = w.shape[-2:]
+    values = {"w": w.contiguous() if not w.is_contiguous() else w, "q": q, "s": s, "qt": qt, "st": st, "rows": n,
+              "cols": k}  # fmt: skip
+    grid = (s.shape[-1], s.shape[-2], w[..., 0, 0].numel())
+    return launch(QUANTIZE_BLOCK_BOTH, "quantize_block_both", grid, values, warps=8, POWER=int(power_of_two))
+
+
 def transpose_blocks(inputs: Tensors, outputs: Tensors) -> Call:
     (q, s), (qt, st) = inputs, outputs
     n, k = q.shape[-2:]
@@ -224,5 +233,6 @@ def fp8_implementations(products: Products) -> tuple[Implementation, ...]:
         *(Implementation(op, functools.partial(run, products), accumulates=True) for op, run in adding),
         Implementation("quantize_rows", quantize_rows),
         Implementation("quantize_block", quantize_block),
+        Implementation("quantize_block_both", quantize_block_both),
         Implementation("transpose_blocks", transpose_blocks),
     )

@@ -57,6 +57,32 @@ def quantize_block(w, q, s, rows, cols, POWER: tl.constexpr):
     tl.store(s + (batch * tl.num_programs(1) + down) * tl.num_programs(0) + across, scale)
 """
 
+BESIDE = 16
+"""Neighbouring rows of a block that one thread of `quantize_block_both` holds, so that it stores them at once."""
+
+QUANTIZE_BLOCK_BOTH = f"""{HEAD}{SCALES}
+
+@triton.jit
+def quantize_block_both(w, q, s, qt, st, rows, cols, POWER: tl.constexpr):
+    down, across, batch = tl.program_id(1), tl.program_id(0), tl.program_id(2).to(tl.int64)
+    lane = tl.arange(0, 128)
+    r = down * 128 + lane % {128 // BESIDE} * {BESIDE} + lane // {128 // BESIDE}
+    c = across * 128 + lane
+    inside = (r < rows)[:, None] & (c < cols)[None, :]
+    at = (batch * rows + r)[:, None] * cols + c[None, :]
+    v = tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
+    scale = scale_of(tl.max(tl.max(magnitude(v), 1), 0), POWER)
+    code = (v * tl.div_rn(1.0, scale)).to(tl.float8e4nv)
+    tl.store(q + at, code, mask=inside)
+    tl.store(s + (batch * tl.num_programs(1) + down) * tl.num_programs(0) + across, scale)
+    turned = tl.permute(tl.reshape(code, [{BESIDE}, {128 // BESIDE}, 128]), (2, 1, 0))
+    below = down * 128 + lane
+    kept = (c < cols)[:, None] & (below < rows)[None, :]
+    there = (batch * cols + c)[:, None] * rows + below[None, :]
+    tl.store(qt + there, tl.reshape(turned, [128, 128]), mask=kept)
+    tl.store(st + (batch * tl.num_programs(0) + across) * tl.num_programs(1) + down, scale)
+"""
+
 TRANSPOSE = f"""{HEAD}
 
 @triton.jit

@@ -71,6 +71,11 @@ KERNELS: dict[str, tuple[str, dict[str, str], dict[str, int], int]] = {
         _cuda_text.QUANTIZE_BLOCK, {"w": FLOAT, "q": BYTES, "s": FLOAT, "rows": NUMBER, "cols": NUMBER},
         {"POWER": 1}, 8,
     ),
+    "quantize_block_both": (
+        _cuda_text.QUANTIZE_BLOCK_BOTH,
+        {"w": FLOAT, "q": BYTES, "s": FLOAT, "qt": BYTES, "st": FLOAT, "rows": NUMBER, "cols": NUMBER},
+        {"POWER": 0}, 8,
+    ),
     "transpose": (
         _cuda_text.TRANSPOSE,
         {"x": "*u8", "y": "*u8", "rows": NUMBER, "cols": NUMBER, "step": NUMBER, "stride": NUMBER},
@@ -262,6 +267,7 @@ class TestOnGpu:
             flat[:128, 3], flat[5, 7], flat[130, 9], flat[:, 11] = 0, float("nan"), float("inf"), 1e-38
             _agree("quantize_rows", (x,), 0, power_of_two=power)
             _agree("quantize_block", (x,), 0, power_of_two=power)
+            _agree("quantize_block_both", (x,), 0, power_of_two=power)
 
     @pytest.mark.parametrize("shape", [(256, 512), (2, 133, 201)])
     def test_turning_blocks(self, shape: tuple[int, ...]) -> None:

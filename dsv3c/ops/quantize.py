@@ -262,6 +262,32 @@ TRANSPOSE_BLOCKS = OpDef(
 )
 
 
+def _infer_block_both(w: Type, *, power_of_two: bool) -> tuple[Type, ...]:
+    q, s = _infer_block(w, power_of_two=power_of_two)
+    return (q, s, *_infer_transpose(q, s))
+
+
+def _quantize_block_both(w: torch.Tensor, *, power_of_two: bool) -> tuple[torch.Tensor, ...]:
+    q, s = _quantize_block(w, power_of_two=power_of_two)
+    return q, s, q.transpose(-1, -2).contiguous(), s.transpose(-1, -2).contiguous()
+
+
+QUANTIZE_BLOCK_BOTH = OpDef(
+    name="quantize_block_both",
+    doc="`quantize_block` of w[..., N, K] and `transpose_blocks` of what it gives, in one pass over the weight.",
+    infer=_infer_block_both,
+    reference=_quantize_block_both,
+    cost=io_cost,
+    vjp=NO_GRADIENT,
+    shard=(Split((-2,), (-2, -2, -1, -1)), Split((-1,), (-1, -1, -2, -2))),
+    effect=Effect.PURE,
+    rows=None,
+    aliases=(),
+    view=False,
+    samples=_samples((256, 256), (2, 133, 201)),
+)
+
+
 def _infer_dequantize_tile(q: Type, s: Type, *, dtype: str) -> Type:
     expect_tiles(q, s, "q")
     return q.with_dtype(expect_dtype(dtype))
