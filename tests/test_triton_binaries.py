@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from triton_regions import REGIONS, Tensors, built, check_region, drawn, fresh, norm_backward, norm_quantize
+from triton_regions import REGIONS, Tensors, built, check_region, drawn, fresh, norm_quantize
 
 from dsv3c.errors import WorkError
 from dsv3c.ir import DType, IRError, Type
@@ -15,10 +15,10 @@ from dsv3c.target import Kernel
 from dsv3c.targets._triton_build import Entry, compile_source, disassemble, resources
 from dsv3c.targets._triton_kernel import load_kernel, region_kernel
 
-REAL = [(n, r, c) for n in REGIONS for r, c in ((4096, 7168), (4096, 2048), (4096, 576))] + [
-    ("swiglu_quantize", 64, 18432)
-]
+TALL = [n for n in REGIONS if n.endswith(("_rows", "both_ways"))]
+REAL = [(n, r, c) for n in REGIONS if n not in TALL for r, c in ((4096, 7168), (4096, 2048), (4096, 576))]
 REAL = [(n, r, {"rotated": 192, "requantize": 16384}.get(n, c)) for n, r, c in REAL]
+REAL += [("swiglu_quantize", 64, 18432), *((n, 4096, 2048) for n in TALL)]
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_binaries_keep_rows_in_registers_and_move_whole_vectors(cache: None, nam
     kernel = region_kernel(REGIONS[name](rows, n), {}, "binary")
     assert kernel is not None and kernel.has_binary
     cubins = [f for f in kernel.files if f.suffix.endswith("cubin")]
-    assert len(cubins) == 1 + (name == "norm_backward")
+    assert len(cubins) == 1 + (name in ("norm_backward", "swiglu_backward_rows"))
     for file in cubins:
         taken = resources(file.data)
         assert taken.stack == 0, "spilled registers live on the stack"
@@ -97,15 +97,18 @@ def launch(kernel: Kernel | None, inputs: Tensors, outputs: Tensors) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernels", ["binary", "source"])
 @pytest.mark.parametrize("name", REGIONS)
-@pytest.mark.parametrize(("rows", "n"), [(4096, 7168), (1, 2048), (133, 576), (31, 18432)])
+@pytest.mark.parametrize(("rows", "n"), [(515, 7168), (1, 2048), (133, 576), (31, 18432)])
 def test_regions_on_the_gpu(name: str, rows: int, n: int, kernels: str) -> None:
     n = {"rotated": 192}.get(name, n)
+    if name == "swiglu_backward_rows" and n % 128:
+        pytest.skip("tiles of rows and of columns do not meet")
     check_region(launch, REGIONS[name](rows, n), kernels, torch.device("cuda"))
 
 
 @pytest.mark.gpu
-def test_two_runs_on_the_gpu_give_identical_bits() -> None:
-    region = norm_backward(4096, 7168)
+@pytest.mark.parametrize("name", ["norm_backward", "swiglu_backward_rows"])
+def test_two_runs_on_the_gpu_give_identical_bits(name: str) -> None:
+    region = REGIONS[name](4096, 7168)
     kernel = region_kernel(region, {}, "binary")
     generator = torch.Generator().manual_seed(1)
     given = tuple(drawn(v.type, generator).cuda() for v in region.params)
