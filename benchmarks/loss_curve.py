@@ -1,16 +1,18 @@
 """The loss of FP8 training against BF16 training: deepseek-v3-mini on real text, same seed, same data.
 
-    python -m benchmarks.loss_curve [--steps 1000] [--data PATH...] [--plan FILE] [--out DIR] [--record]
+    python -m benchmarks.loss_curve [--steps 1000] [--data PATH...] [--plan FILE] [--control] [--out DIR] [--record]
 
 Each step takes 4×4096 tokens. Compared are running means of the main loss (factor 0.98); the figure is the largest gap
 after step 200, relative to BF16. Without --data the text is what Python and its packages on this machine are written
-in, with a tokenizer trained on it. Writes loss_curve.json (every tenth step) and loss_curve.svg.
+in, with a tokenizer trained on it. `--control` trains a third time, in BF16 from weights that differ by a thousandth,
+to show what gap chance makes. Writes loss_curve.json (every tenth step) and loss-curve.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import sys
@@ -19,7 +21,10 @@ import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import torch
 
 import dsv3c
 from benchmarks.common import RESULTS, record
@@ -33,6 +38,11 @@ from dsv3c.runtime.weights import Weights
 
 MODEL, SEQ, MICRO = "deepseek-v3-mini", 4096, 4
 FACTOR, SETTLED, EVERY = 0.98, 200, 10
+CONTROL = "control"
+RECIPE = Recipe(bias_speed=0.02, balance=1e-2)
+"""The published speed of router biases is for runs a hundred times as long: in 1,000 steps of 16,384 tokens it leaves
+most experts without tokens, and then which ones are left, by chance, decides the loss."""
+DISTURBANCE = 1e-3
 HERE = Path(__file__).parent
 BYTES_PER_TOKEN = 5
 """More text than any tokenizer needs per token, so that no sequence is read twice."""
@@ -75,28 +85,38 @@ def worst_gap(ours: Sequence[float], other: Sequence[float], settled: int = SETT
 
 def train(precision: str, plan: str | None, target: str, sampler: Sampler, steps: int) -> list[float]:
     """The main loss of every step."""
-    made = plan or dsv3c.compile(MODEL, target=target, precision=precision, seq=SEQ, micro_batch=MICRO)
+    kind = "bf16" if precision == CONTROL else precision
+    plan = plan and plan.format(kind)
+    made = plan or dsv3c.compile(MODEL, target=target, precision=kind, seq=SEQ, micro_batch=MICRO, recipe=RECIPE)
     with mock.patch.object(Weights, "initialize", draw_on_gpu):
         session = dsv3c.load(made)
+    if precision == CONTROL:
+        generator = torch.Generator(device=session.weights.device).manual_seed(1)
+        for t in (t for t in session.weights.tensors.values() if t.dim() > 1):
+            for part in t.view(-1).split(1 << 26):  # the largest weights have no room beside them
+                part.mul_(1 + DISTURBANCE * torch.randn(part.shape, generator=generator, device=part.device))
     losses: list[float] = []
-    recipe, begin = Recipe(), time.monotonic()
+    recipe, begin = session.recipe, time.monotonic()
     for step in range(1, steps + 1):
         done = session.step(sampler.batch(step), learning_rate(step, steps, recipe))
         losses.append(done.loss)
         if step % max(1, steps // 20) == 0:
             rate = step * done.tokens / (time.monotonic() - begin)
-            line = f"{precision} step {step}: loss {done.loss:.4f}, norm {done.grad_norm:.3f}, {rate:,.0f} tokens/s"
+            busiest = max(float(load.max() / load.mean()) for load in done.expert_load.values())
+            unused = max(int((load == 0).sum()) for load in done.expert_load.values())
+            line = (f"{precision} step {step}: loss {done.loss:.4f}, norm {done.grad_norm:.3f}, {rate:,.0f} tokens/s; "
+                    f"worst layer: busiest expert {busiest:.1f} times the mean, {unused} unused")  # fmt: skip
             print(line, file=sys.stderr, flush=True)
     return losses
 
 
-def picture(curves: dict[str, list[float]], gap: float, step: int) -> str:
-    """The curves as SVG: both losses above, their relative difference below."""
+def picture(curves: dict[str, list[float]], gap: float, step: int, every: int = 1) -> str:
+    """The curves as SVG, of which every so many steps are given: the losses above, their relative difference below."""
     width, high, low, left, top = 720, 260, 120, 56, 28
     names, steps = list(curves), len(next(iter(curves.values())))
     ceiling = max(max(c[steps // 50 :]) for c in curves.values())
     floor = min(min(c) for c in curves.values())
-    colours = {"bf16": "#888888", "fp8": "#c0392b"}
+    colours = {"bf16": "#888888", "fp8": "#c0392b", CONTROL: "#bbbbdd"}
 
     def x(i: int) -> float:
         return left + (width - left - 16) * (i + 1) / steps
@@ -121,23 +141,25 @@ def picture(curves: dict[str, list[float]], gap: float, step: int) -> str:
         begin = top + high + 40
         words = f"FP8 above BF16 in %; worst after step {SETTLED}: {100 * gap:.2f} at {step}"
         parts.append(label(left, begin - 8, words))
-        limit = 0.5
+        limit = max(0.5, math.ceil(2 * max(map(abs, gaps[SETTLED // every :]), default=0.0)) / 2)
         parts.append(line([max(-limit, g) for g in gaps], "#c0392b", -limit, limit, begin, low))
         parts.append(line([0.0] * steps, "#bbbbbb", -limit, limit, begin, low))
         parts += [label(left - 6, begin + 10, f"+{limit}", "end"), label(left - 6, begin + low, f"-{limit}", "end")]
     bottom = top + high + low + 62
-    parts += [label(left, bottom, "step 1"), label(width - 16, bottom, f"{steps}", "end")]
+    parts += [label(left, bottom, "step 1"), label(width - 16, bottom, f"{steps * every}", "end")]
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 12}" font-size="12"'
     body = ['<rect width="100%" height="100%" fill="white"/>', *parts, "</svg>", ""]
     return "\n".join([f'{head} font-family="sans-serif">', *body])
 
 
-def write(losses: dict[str, list[float]], facts: dict[str, object], out: Path) -> tuple[float, int]:
+def write(losses: dict[str, list[float]], facts: dict[str, Any], out: Path) -> tuple[float, int]:
     """The files of a run; gives the worst gap and its step."""
     curves = {name: means(values) for name, values in losses.items()}
     settled = min(SETTLED, len(next(iter(curves.values()))) // 2)
     gap, step = worst_gap(curves["fp8"], curves["bf16"], settled)
     thin = {name: [round(v, 4) for v in values[EVERY - 1 :: EVERY]] for name, values in curves.items()}
+    if CONTROL in curves:
+        facts["chance_gap"] = worst_gap(curves[CONTROL], curves["bf16"], settled)[0]
     body = {**facts, "factor": FACTOR, "every": EVERY, "worst_gap": gap, "worst_step": step, "running_mean": thin}
     out.mkdir(parents=True, exist_ok=True)
     (out / "loss_curve.json").write_text(json.dumps(body) + "\n")
@@ -153,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plan", help="a plan compiled elsewhere; {} stands for the precision")
     parser.add_argument("--target", default="h100")
+    parser.add_argument("--control", action="store_true", help="train a third time, to see what gap chance makes")
     parser.add_argument("--out", type=Path, default=HERE, help="default: here, the picture in docs/")
     parser.add_argument("--record", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # a precision and a token file: print the losses
@@ -164,8 +187,7 @@ def main() -> None:
     if given.one:
         precision, path = given.one
         sampler = Sampler(TokenFile.open(Path(path)), seq, batch, given.seed)
-        plan = given.plan and given.plan.format(precision)
-        print(json.dumps(train(precision, plan, given.target, sampler, given.steps)))
+        print(json.dumps(train(precision, given.plan, given.target, sampler, given.steps)))
         return
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -174,18 +196,19 @@ def main() -> None:
         print(f"{len(corpus.documents):,} documents, {corpus.size:,} bytes, {len(tokens):,} tokens, "
               f"{time.monotonic() - begin:.0f} s", flush=True)  # fmt: skip
         losses: dict[str, list[float]] = {}
-        for precision in ("bf16", "fp8"):  # each in a process of its own, with the whole GPU
+        for precision in ("bf16", "fp8", CONTROL)[: 2 + given.control]:  # each in its own process, with the whole GPU
             again = [*sys.argv[1:], "--one", precision, str(tokens.path)]
             command = [sys.executable, "-m", "benchmarks.loss_curve", *again]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             losses[precision] = json.loads(done.stdout.splitlines()[-1])
-    facts: dict[str, object] = {
+    facts: dict[str, Any] = {
         "steps": given.steps, "tokens_per_step": batch * seq, "documents": len(corpus.documents), "bytes": corpus.size,
         "tokens": len(tokens), "data": corpus.digest, "seed": given.seed,
         "final_losses": {n: means(v)[-1] for n, v in losses.items()},
     }  # fmt: skip
     gap, step = write(losses, facts, given.out)
-    print(f"worst gap {gap:.3%} at step {step}; final {facts['final_losses']}")
+    chance = f"; by chance {facts['chance_gap']:.3%}" if CONTROL in losses else ""
+    print(f"worst gap {gap:.3%} at step {step}{chance}; final {facts['final_losses']}")
     if given.record:
         path = RESULTS if given.out == HERE else given.out / RESULTS.name
         record("mini/loss of fp8 against bf16, worst gap after step 200", 100 * gap, "%", load=0.0, path=path)
