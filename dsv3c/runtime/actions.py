@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from dsv3c.interleave import FORWARD, Step
 from dsv3c.ir import Phase
 from dsv3c.runtime.collectives import Channel, Pending
 from dsv3c.runtime.lanes import Lanes
-from dsv3c.runtime.stages import Chunk, Part, Stage
+from dsv3c.runtime.stages import Chunk, Part, Stages
 from dsv3c.schedule import Action, Cell, Schedule
 
 Names: TypeAlias = tuple[str, ...]
@@ -30,44 +30,41 @@ LETTERS = 2
 
 
 @dataclass
-class Outbox:
-    """Copies of what is being sent, so that a chunk is free again before the other rank took its values."""
+class Box:
+    """Buffers for messages of one stage and channel, so that a chunk's memory is bound to no transfer: LETTERS of them,
+    in turn."""
 
     letters: list[tuple[Pending, list[torch.Tensor]]] = field(default_factory=list)
 
-    def send(self, channel: Channel, values: list[torch.Tensor], peer: int) -> None:
-        """Send copies of `values`; waits only for the last message but LETTERS."""
+    def buffers(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Free buffers for tensors like these; waits for the last transfer but LETTERS."""
         if len(self.letters) < LETTERS:
-            copies = [torch.empty_like(v) for v in values]
-        else:
-            pending, copies = self.letters.pop(0)
-            pending.wait()
-        for copy, value in zip(copies, values, strict=True):
-            copy.copy_(value)
-        self.letters.append((channel.send(copies, peer), copies))
+            return [torch.empty_like(t) for t in like]
+        pending, buffers = self.letters.pop(0)
+        pending.wait()
+        return buffers
 
 
 @dataclass
 class Actions:
     """One rank's part of a schedule.
 
-    `orders`: how the segments of two layers that overlap are interleaved.
-    `on_forward(stage, micro_batch, chunk)` is called once a chunk's forward values are there; `watch(cell index)`
-    before each cell.
+    `orders`: how the segments of two layers that overlap are interleaved. `on_forward(stage, micro_batch, chunk)` is
+    called once a chunk's forward values are there; `watch(cell index)` before each cell.
     """
 
     schedule: Schedule
     rank: int
-    stages: Mapping[int, Stage]
+    stages: Stages
     borders: Sequence[Border]
     channels: Mapping[str, Channel]
     lanes: Lanes
     orders: Orders
     on_forward: Callable[[int, int, Chunk], None]
     watch: Callable[[int], None]
-    _outboxes: dict[tuple[str, int], Outbox] = field(default_factory=dict)
-    _local: dict[tuple[str, int, int], list[torch.Tensor]] = field(default_factory=dict)
-    _arriving: dict[Action, Pending] = field(default_factory=dict)
+    _out: dict[tuple[str, int], Box] = field(default_factory=dict)
+    _in: dict[tuple[str, int], Box] = field(default_factory=dict)
+    _arriving: dict[tuple[int, int, bool], tuple[Pending, list[torch.Tensor]]] = field(default_factory=dict)
     _posted: int = 0
 
     def run(self, tokens: list[torch.Tensor]) -> None:
@@ -75,83 +72,88 @@ class Actions:
         row = self.schedule.rows[self.rank]
         self._posted = 0
         for index, cell in enumerate(row):
-            self._post(row, index + 1)
-            self._post(row, index + 2)
+            self._post(row, index + 2)  # what the next cell receives may come while this one computes
             self.watch(index)
             chunks = [self._begin(a, tokens) for a in cell]
-            self.lanes.run(f"{'+'.join(map(str, cell))}", merged([(a, c) for a, c in zip(cell, chunks, strict=True)],
-                                                                 self.orders))  # fmt: skip
-            for action, chunk in zip(cell, chunks, strict=True):
-                self._end(action, chunk)
+            work = list(zip(cell, chunks, strict=True))
+            self.lanes.run("+".join(map(str, cell)), merged(work, self.orders))
+            for action, chunk in work:
+                if action.kind == "F":
+                    self.on_forward(action.stage, action.micro_batch, chunk)
+                if action.kind != "W":
+                    self._send(action, chunk)
 
     # ---- receiving -------------------------------------------------------------------------------------------------
 
     def _post(self, row: tuple[Cell, ...], end: int) -> None:
-        """Post what cells up to `end` receive, in order, as far as there are chunks to receive into."""
-        while self._posted < min(end, len(row)):
-            cell = row[self._posted]
-            if not all(a.kind != "F" or self.stages[a.stage].free for a in cell):
-                return
+        """Post what the cells before `end` receive, in order."""
+        for cell in row[self._posted : end]:
             for action in cell:
                 self._receive(action)
-            self._posted += 1
+        self._posted = max(self._posted, min(end, len(row)))
 
     def _receive(self, action: Action) -> None:
-        if action.kind == "W":
-            return
-        stage, forward = self.stages[action.stage], action.kind == "F"
-        chunk = stage.take(action.micro_batch) if forward else stage.chunk(action.micro_batch)
-        peer_stage = action.stage + (-1 if forward else 1)
-        names = self.borders[action.stage][0][not forward]
-        if not names or not 0 <= peer_stage < self.schedule.stages:
-            return
-        peer = self.schedule.rank_of(peer_stage, action.micro_batch)
-        if peer != self.rank:
-            channel = f"{'f' if forward else 'b'}{self.schedule.route_of(action.micro_batch)}"
-            self._arriving[action] = self.channels[channel].recv([chunk.values[n] for n in names], peer)
+        message = self._message(action, sends=False)
+        if message is not None and message[1] != self.rank:
+            (channel, peer), box = message, self._box(self._in, action, message[0])
+            chunk = self.stages.chunk(action.stage, action.micro_batch)
+            buffers = box.buffers([chunk.values[n] for n in self._names(action, sends=False)])
+            box.letters.append((self.channels[channel].recv(buffers, peer), buffers))
+            self._arriving[_key(action)] = box.letters[-1]
 
     def _begin(self, action: Action, tokens: list[torch.Tensor]) -> Chunk:
         """The chunk of `action` with everything it reads in place."""
-        chunk = self.stages[action.stage].chunk(action.micro_batch)
+        chunk = self.stages.chunk(action.stage, action.micro_batch)
         if action.kind == "F" and "tokens" in chunk.values:
             chunk.values["tokens"].copy_(tokens[action.micro_batch])
-        transfer = self._arriving.pop(action, None)
-        if transfer is not None:
-            transfer.wait()
-        if action.kind != "W":
-            forward = action.kind == "F"
-            names = self.borders[action.stage][0][not forward]
-            near = self._local.pop(("F" if forward else "B", action.stage, action.micro_batch), None)
-            if near is not None:
-                for name, source in zip(names, near, strict=True):
-                    chunk.values[name].copy_(source)
+        if action.kind != "W" and _key(action) in self._arriving:
+            pending, buffers = self._arriving.pop(_key(action))
+            pending.wait()
+            for name, buffer in zip(self._names(action, sends=False), buffers, strict=True):
+                chunk.values[name].copy_(buffer)
         return chunk
 
     # ---- sending ---------------------------------------------------------------------------------------------------
 
-    def _end(self, action: Action, chunk: Chunk) -> None:
-        stage = self.stages[action.stage]
-        if action.kind == "F":
-            self.on_forward(action.stage, action.micro_batch, chunk)
-        if action.kind != "W":
-            self._send(action, chunk)
-        if action.kind in "WB":
-            stage.release(action.micro_batch)
-
     def _send(self, action: Action, chunk: Chunk) -> None:
-        forward = action.kind == "F"
-        peer_stage = action.stage + (1 if forward else -1)
-        names = self.borders[action.stage][1][not forward]
-        if not names or not 0 <= peer_stage < self.schedule.stages:
+        message = self._message(action, sends=True)
+        if message is None:
             return
-        peer = self.schedule.rank_of(peer_stage, action.micro_batch)
-        values = [chunk.values[n] for n in names]
-        if peer == self.rank:
-            self._local["F" if forward else "B", peer_stage, action.micro_batch] = values
-        else:
-            channel = f"{'f' if forward else 'b'}{self.schedule.route_of(action.micro_batch)}"
-            box = self._outboxes.setdefault((channel, action.stage), Outbox())
-            box.send(self.channels[channel], values, peer)
+        channel, peer = message
+        values = [chunk.values[n] for n in self._names(action, sends=True)]
+        if peer == self.rank:  # the next stage lies here too
+            step = 1 if action.kind == "F" else -1
+            key = _key(replace(action, stage=action.stage + step))
+            self._arriving[key] = Pending(), [v.clone() for v in values]
+            return
+        box = self._box(self._out, action, channel)
+        copies = box.buffers(values)
+        for copy, value in zip(copies, values, strict=True):
+            copy.copy_(value)
+        box.letters.append((self.channels[channel].send(copies, peer), copies))
+
+    # ---- who and what ----------------------------------------------------------------------------------------------
+
+    def _names(self, action: Action, sends: bool) -> Names:
+        """What an action receives or sends, by name."""
+        return self.borders[action.stage][sends][action.kind != "F"]
+
+    def _message(self, action: Action, sends: bool) -> tuple[str, int] | None:
+        """The channel and the pipeline rank of what an action receives or sends; None if there is no such message."""
+        forward = action.kind == "F"
+        other = action.stage + (1 if forward is sends else -1)
+        if action.kind == "W" or not 0 <= other < self.schedule.stages or not self._names(action, sends):
+            return None
+        channel = f"{'f' if forward else 'b'}{self.schedule.route_of(action.micro_batch)}"
+        return channel, self.schedule.rank_of(other, action.micro_batch)
+
+    def _box(self, boxes: dict[tuple[str, int], Box], action: Action, channel: str) -> Box:
+        return boxes.setdefault((channel, action.stage), Box())
+
+
+def _key(action: Action) -> tuple[int, int, bool]:
+    """What a message is for: the stage, the micro-batch, and whether it goes forward."""
+    return action.stage, action.micro_batch, action.kind == "F"
 
 
 def merged(work: list[tuple[Action, Chunk]], orders: Orders) -> Iterator[tuple[int, Part]]:
@@ -187,8 +189,10 @@ def merged(work: list[tuple[Action, Chunk]], orders: Orders) -> Iterator[tuple[i
 
 
 def alone(action: Action, chunk: Chunk) -> Iterator[Part]:
-    """The parts of an action that overlaps with no other."""
-    return (p for p in chunk.parts if p.phase in PHASES[action.kind])
+    """The parts of an action that overlaps with no other, layer by layer: what B makes for W lies in memory that the
+    layers share."""
+    for layer in _layers(tuple(p for p in chunk.parts if p.phase in PHASES[action.kind])):
+        yield from layer
 
 
 def _layers(parts: tuple[Part, ...]) -> list[list[Part]]:

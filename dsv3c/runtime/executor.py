@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from dsv3c import interp
-from dsv3c.arena import GraphLayout, SequenceLayout, graph_layout, sequence_layout
+from dsv3c.arena import SequenceLayout, graph_layout, sequence_layout
 from dsv3c.errors import InputError
 from dsv3c.ir import Graph, IRError, Layer, Node, Phase, Program, Sequence, Value
 from dsv3c.op import Registry
@@ -132,57 +132,61 @@ def reference_implementation(registry: Registry, op: str) -> Implementation:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The memory of a bound sequence: what layers hand on lies in `slots`, what stays inside a graph in the workspace
-    of the layer's phase. Phases that run at the same time need workspaces of their own."""
+    """The memory of a bound sequence: what layers hand on lies in `spans`, what stays inside a graph in the workspace
+    of the layer's phase. Phases that run at the same time need workspaces of their own.
 
-    slots: Memory
+    `spans`: blocks, each with the offset of its first byte in the sequence's layout, ascending.
+    """
+
+    spans: tuple[tuple[int, Memory], ...]
     workspace: Mapping[Phase, Memory]
+
+    def slot(self, offset: int, v: Value, sizes: Mapping[str, int]) -> torch.Tensor:
+        """The tensor of type `v.type` at `offset` of the layout."""
+        begin, memory = next(span for span in reversed(self.spans) if span[0] <= offset)
+        return memory.tensor(offset - begin, v, sizes)
 
     @classmethod
     def allocate(cls, layout: SequenceLayout, device: str) -> Blocks:
         """One block for both; all phases share the workspace."""
         whole = Memory.allocate(layout.bytes, device)
         behind = Memory(whole.block[layout.peak :])
-        return cls(whole, dict.fromkeys(Phase, behind))
+        return cls(((0, whole),), dict.fromkeys(Phase, behind))
 
 
-def stage_layout(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
-                 gradients: Mapping[str, torch.Tensor]) -> SequenceLayout:  # fmt: skip
-    """Where everything in `sequence` lies, if gradients are written to `gradients` wherever a node can."""
-    sinks = _sinks(engine, sequence, gradients)
-    return sequence_layout(engine.program, sequence, engine.registry, sizes, outside=lambda n: n in sinks)
+@dataclass(frozen=True)
+class Room:
+    """Where to bind a sequence, planned elsewhere: its layout, memory, and tensors for gradients that a node cannot
+    add to the weight's own. Gradients are then only ever added to."""
 
-
-def workspace_bytes(program: Program, sequence: Sequence, layout: SequenceLayout) -> dict[Phase, int]:
-    """The largest workspace that a layer of each phase needs."""
-    needs = dict.fromkeys(Phase, 0)
-    for layer in sequence.layers:
-        needs[layer.phase] = max(needs[layer.phase], layout.graphs[layer.graph].peak)
-    return needs
+    layout: SequenceLayout
+    blocks: Blocks
+    parts: Mapping[str, torch.Tensor]
 
 
 def prepare_sequence(engine: Engine, sequence: Sequence, sizes: Mapping[str, int],
                      tensors: Mapping[str, torch.Tensor],
                      gradients: Mapping[str, torch.Tensor] | None = None, taps: Iterable[str] = (),
-                     blocks: Blocks | None = None) -> Runner:  # fmt: skip
+                     room: Room | None = None) -> Runner:  # fmt: skip
     """Bind `sequence` to memory.
 
     `tensors`: its inputs and all weights, by name. `gradients`: for each weight the tensor that its gradient is
     written to (needed if the sequence has gradients). `taps`: names of values inside graphs whose tensor is copied
-    each time to `Runner.taps["LAYER:NAME"]`. `blocks`: memory to use instead of newly allocated one; then gradients
-    are only ever added to.
+    each time to `Runner.taps["LAYER:NAME"]`. `room`: where to bind it instead of in newly allocated memory.
     """
     gradients = gradients or {}
-    layout = stage_layout(engine, sequence, sizes, gradients)
-    device = next(iter(tensors.values())).device
-    sinks = _sinks(engine, sequence, gradients)
+    sinks = gradients_in_place(engine, sequence, gradients)
+    if room is None:
+        layout = sequence_layout(engine.program, sequence, engine.registry, sizes, outside=lambda n: n in sinks)
+        room = Room(layout, Blocks.allocate(layout, str(next(iter(tensors.values())).device)), {})
+        written: set[str] = set()
+    else:
+        layout, written = room.layout, set(gradients)
     runner = Runner(layout=layout)
     runner.values = {name: tensors[name] for name in sequence.inputs if name in tensors}
-    memory = blocks or Blocks.allocate(layout, str(device))
-    binder = _Binder(engine, layout, memory, sizes, dict(tensors), sinks, frozenset(taps), runner)
+    binder = _Binder(engine, room, sizes, dict(tensors), sinks, frozenset(taps), runner)
     offsets = {s.name: s.offset for s in layout.slots}
     parts = {name: weight for name, weight in sequence.gradients if name not in sinks}
-    written: set[str] = set() if blocks is None else set(gradients)
     for layer in sequence.layers:
         binder.layer(layer, offsets, written)
         for name in layer.outputs:
@@ -201,7 +205,7 @@ def _add_part(runner: Runner, part: torch.Tensor, total: torch.Tensor, add: bool
     runner.again.append(Step(lambda: total.add_(part), *at))  # type: ignore[arg-type]
 
 
-def _sinks(
+def gradients_in_place(
     engine: Engine, sequence: Sequence, gradients: Mapping[str, torch.Tensor]
 ) -> dict[str, tuple[str, torch.Tensor]]:
     """Gradient values that a node can write straight into the weight's gradient: value -> (weight, tensor)."""
@@ -228,8 +232,7 @@ Place: TypeAlias = tuple[str, Node, Phase, int]
 @dataclass
 class _Binder:
     engine: Engine
-    layout: SequenceLayout
-    memory: Blocks
+    room: Room
     sizes: Mapping[str, int]
     tensors: dict[str, torch.Tensor]
     sinks: Mapping[str, tuple[str, torch.Tensor]]
@@ -239,18 +242,29 @@ class _Binder:
     def layer(self, layer: Layer, offsets: Mapping[str, int], written: set[str]) -> None:
         """Prepare every node of one layer and bind its outputs."""
         graph = self.engine.program.graph(layer.graph)
-        inner = self.layout.graphs[graph.name]
+        inner, blocks = self.room.layout.graphs[graph.name], self.room.blocks
         local = {v.name: self.tensors[n] for v, n in zip(graph.params, layer.inputs + layer.weights, strict=True)}
         slots = {s.name: s.offset for s in inner.slots}
-        workspace = self.memory.workspace[layer.phase]
+        workspace = blocks.workspace[layer.phase]
         sinks: dict[str, tuple[str, torch.Tensor]] = {}
         escaping: dict[str, int] = {}
+        parts: dict[str, torch.Tensor] = {}
         for v, name in zip(graph.results, layer.outputs, strict=True):
-            root = self.layout.roots[name]
             if name in self.sinks:
                 sinks[v.name] = self.sinks[name]
+            elif name in self.room.parts:
+                parts[inner.roots[v.name]] = self.room.parts[name]
             elif inner.roots[v.name] not in local:
-                escaping[inner.roots[v.name]] = offsets[root]
+                escaping[inner.roots[v.name]] = offsets[self.room.layout.roots[name]]
+
+        def place(v: Value) -> torch.Tensor:
+            root = inner.roots[v.name]
+            if root in slots:
+                return workspace.tensor(slots[root], v, self.sizes)
+            if root in escaping:
+                return blocks.slot(escaping[root], v, self.sizes)
+            return parts[root] if root in parts else local[root]
+
         for index, node in enumerate(graph.nodes):
             at = (layer.name, node, layer.phase, index)
             inputs = tuple(local[v.name] for v in node.inputs)
@@ -260,7 +274,7 @@ class _Binder:
                 self._sink(at, inputs, sinks[node.output.name], written)
                 local[node.output.name] = sinks[node.output.name][1]
             else:
-                outputs = tuple(self._place(v, inner, slots, escaping, local, workspace) for v in node.outputs)
+                outputs = tuple(map(place, node.outputs))
                 local.update((v.name, t) for v, t in zip(node.outputs, outputs, strict=True))
                 step = Step(self.engine.prepare(node, inputs, outputs), *at, outputs)
                 self.runner.first.append(step)
@@ -271,15 +285,6 @@ class _Binder:
         self.runner.bindings[layer.name, layer.phase] = local
         for v, name in zip(graph.results, layer.outputs, strict=True):
             self.tensors[name] = local[v.name]
-
-    def _place(self, v: Value, inner: GraphLayout, slots: Mapping[str, int], escaping: Mapping[str, int],
-               local: Mapping[str, torch.Tensor], workspace: Memory) -> torch.Tensor:  # fmt: skip
-        root = inner.roots[v.name]
-        if root in slots:
-            return workspace.tensor(slots[root], v, self.sizes)
-        if root in escaping:
-            return self.memory.slots.tensor(escaping[root], v, self.sizes)
-        return local[root]
 
     def _sink(self, at: Place, inputs: tuple[torch.Tensor, ...], sink: tuple[str, torch.Tensor],
               written: set[str]) -> None:  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -34,10 +35,9 @@ from dsv3c.runtime.peers import GroupPeers
 from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.runner import Runner
 from dsv3c.runtime.session import BadStepError, StepResult
-from dsv3c.runtime.stages import Chunk, bind_stages
+from dsv3c.runtime.stages import Chunk, Given, Stages
 from dsv3c.runtime.world import World
 from dsv3c.schedule import Schedule, show_cell
-from dsv3c.schedules import verify
 from dsv3c.stages import prologue_of, stage_name
 from dsv3c.target import Target
 from dsv3c.targets import find
@@ -100,7 +100,6 @@ class RankSession:
         self.device = str(world.device)
         target = find(plan.target)
         self.schedule, self.comm = division(plan)
-        occupancy = verify(self.schedule)
         self.cells = cells(self.schedule, world.pp_index)
         self._watch = watch
         held = self.schedule.held(world.pp_index)
@@ -115,12 +114,12 @@ class RankSession:
         self._epilogue = Epilogue(self.engine, self.weights, self.recipe)
         self._prologue, self._hoisted = self._bind_prologue(held)
         tensors = self.weights.tensors | self._hoisted
-        chunks = {s: occupancy.chunks[world.pp_index, s] for s in held}
         share = job.micro_batch / job.global_batch
         self._losses = tuple(n for s in range(self.schedule.stages)
                              for n in self.program.sequence(stage_name(s)).losses)  # fmt: skip
         shares = {n: self._weight(n) * share for n in self._losses}
-        self.stages = bind_stages(self.engine, chunks, sizes, tensors, self.weights.gradients(), shares, self.device)
+        given = Given(tensors, self.weights.gradients(), shares, sizes, self.device)
+        self.stages = Stages(self.engine, self.schedule, world.pp_index, given, exchange)
         self._biases = self._routers()
         wide = torch.float64
         count = self.schedule.micro_batches * job.mesh.dp
@@ -268,19 +267,18 @@ class RankSession:
 
     def _where(self, mine: list[torch.Tensor]) -> str:
         """A sentence on the first value of this step that is no number, found by doing it again, on all ranks."""
-        found: list[str] = []
+        where, stages = f"on rank {self.world.rank}", self.schedule.stages
+        found: list[tuple[int, str]] = []  # in the order in which they are computed
         held = first_unusable(self.weights.tensors)
         if held is not None:
-            found.append(f"The weight {held[0]} held {held[1]} before it")
-        where = f"on rank {self.world.rank}"
+            found.append((0, f"The weight {held[0]} held {held[1]} before it"))
 
         def look(stage: int, micro_batch: int, chunk: Chunk) -> None:
-            names = (*self.program.sequence(stage_name(stage)).losses, *self._borders[stage][1][0])
-            for name in names:
+            for name in (*self.program.sequence(stage_name(stage)).losses, *self._borders[stage][1][0]):
                 what = unusable(chunk.values[name])
-                if what is not None and not found:
-                    found.append(f"The first value that is no number: {name}, which stage {stage} {where} made of its "
-                                 f"micro-batch {micro_batch + 1}, holds {what}")  # fmt: skip
+                if what is not None:
+                    found.append((1 + stage, f"The first value that is no number: {name}, which stage {stage} {where} "
+                                             f"made of its micro-batch {micro_batch + 1}, holds {what}"))  # fmt: skip
 
         self.weights.zero_gradients()
         self._actions.on_forward = look
@@ -288,12 +286,20 @@ class RankSession:
             self._actions.run(mine)
         finally:
             self._actions.on_forward = self._collect
-        wrong = first_unusable(self.weights.gradients())
-        if wrong is not None and not found:
-            found.append(f"The first value that is no number: the gradient of {wrong[0]} {where} holds {wrong[1]}")
-        told = [text for text in self.world.share("".join(found[:1])) if text]
-        told.sort(key=lambda text: ("gradient" in text, "stage" in text and int(text.split(" stage ")[1].split()[0])))
-        return told[0] if told else "Every value is a number; what overflows is a sum over micro-batches or ranks"
+        gradients = self.weights.gradients()
+        for stage in self.schedule.held(self.world.pp_index):
+            sequence = self.program.sequence(stage_name(stage))
+            weight_of = dict(sequence.gradients)
+            for name in (weight_of[n] for layer in sequence.layers for n in layer.outputs if n in weight_of):
+                what = unusable(gradients[name])
+                if what is not None:
+                    found.append((2 * stages - stage, "The first value that is no number: the gradient of "
+                                                      f"{name} {where} holds {what}"))  # fmt: skip
+                    break
+        told = [json.loads(text) for text in self.world.share(json.dumps(min(found, default=None))) if text != "null"]
+        if told:
+            return str(min(told)[1])
+        return "Every value is a number; what overflows is a sum over micro-batches or ranks, or of squares"
 
 
 def cells(schedule: Schedule, pp_index: int) -> tuple[str, ...]:

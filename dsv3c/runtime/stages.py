@@ -1,18 +1,22 @@
-"""The stages that a rank holds, bound to memory: a set of chunks for each, and workspaces that all of them share."""
+"""The stages that a rank holds, bound to memory: chunks in one arena, and workspaces that all of them share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from dsv3c.errors import WorkError
-from dsv3c.ir import IRError, Phase, Program, Type
-from dsv3c.runtime.executor import Blocks, Engine, prepare_sequence, stage_layout, workspace_bytes
-from dsv3c.runtime.runner import Call, Memory
+from dsv3c.chunks import ChunkLayout, ChunkPlace, chunk_layout, rank_arena
+from dsv3c.ir import IRError, Phase, Sequence, Type, Value
+from dsv3c.runtime.exchange import Exchange
+from dsv3c.runtime.executor import Blocks, Engine, Room, gradients_in_place, prepare_sequence
+from dsv3c.runtime.rounds import LayerRounds, Rounds
+from dsv3c.runtime.runner import Call, Memory, Runner
+from dsv3c.schedule import Schedule
 from dsv3c.segments import Segment, segments
-from dsv3c.stages import stage_name
+from dsv3c.stages import COTANGENT, stage_name
 from dsv3c.tensors import torch_dtype
 
 
@@ -42,74 +46,112 @@ class Chunk:
     parts: tuple[Part, ...]
 
 
-class Stage:
-    """One stage: its free chunks, and those that hold a micro-batch."""
+@dataclass(frozen=True)
+class Given:
+    """What all stages of a rank are bound to. `tensors`: weights and what the prologue makes, by name; `gradients`:
+    by weight; `losses`: the share of each loss in the gradient; `sizes`: of symbols."""
 
-    def __init__(self, index: int, chunks: Iterable[Chunk]) -> None:
-        self.index = index
-        self._free = list(chunks)
-        self._held: dict[int, Chunk] = {}
-
-    @property
-    def free(self) -> bool:
-        """Whether another micro-batch can begin."""
-        return bool(self._free)
-
-    def take(self, micro_batch: int) -> Chunk:
-        """A free chunk for `micro_batch`."""
-        if not self._free:
-            raise WorkError(f"stage {self.index} has no chunk left for micro-batch {micro_batch}; compile again")
-        chunk = self._held[micro_batch] = self._free.pop()
-        return chunk
-
-    def chunk(self, micro_batch: int) -> Chunk:
-        """The chunk that holds `micro_batch`."""
-        return self._held[micro_batch]
-
-    def release(self, micro_batch: int) -> None:
-        self._free.append(self._held.pop(micro_batch))
+    tensors: Mapping[str, torch.Tensor]
+    gradients: Mapping[str, torch.Tensor]
+    losses: Mapping[str, float]
+    sizes: Mapping[str, int]
+    device: str
 
 
-def bind_stages(engine: Engine, chunks: Mapping[int, int], sizes: Mapping[str, int],
-                tensors: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor],
-                losses: Mapping[str, float], device: str) -> dict[int, Stage]:  # fmt: skip
-    """Every stage of `chunks` (stage -> how many micro-batches it holds at once), bound to memory.
+class Stages:
+    """The stages that one pipeline rank holds: their chunks in one arena, as the plan's schedule places them.
 
-    `tensors`: weights and what the prologue makes, by name; `losses`: the weight of each loss in the gradient.
+    Micro-batches whose chunks lie at the same place share what is bound there.
     """
-    program, registry = engine.program, engine.registry
-    sequences = {k: program.sequence(stage_name(k)) for k in chunks}
-    needs = dict.fromkeys(Phase, 0)
-    layouts = {}
-    for k, sequence in sequences.items():
-        layouts[k] = stage_layout(engine, sequence, sizes, gradients)
-        for phase, size in workspace_bytes(program, sequence, layouts[k]).items():
-            needs[phase] = max(needs[phase], size)
-    workspace = {phase: Memory.allocate(size, device) for phase, size in needs.items()}
-    bound: dict[int, Stage] = {}
-    for k, sequence in sequences.items():
-        made = []
-        for _ in range(chunks[k]):
-            given = _inputs(program, k, sizes, losses, device, tensors) | dict(tensors)
-            blocks = Blocks(Memory.allocate(layouts[k].peak, device), workspace)
-            runner = prepare_sequence(engine, sequence, sizes, given, gradients, blocks=blocks)
-            parts: list[Part] = []
-            steps = iter(runner.again)
-            taken = next(steps, None)
-            for layer in sequence.layers:
-                graph = program.graph(layer.graph)
-                kind = layer.graph.removesuffix(f"_{layer.phase.value}")
-                for segment in _in_order(segments(graph, registry)):
-                    calls = []
-                    while taken is not None and taken.layer == layer.name and taken.phase is layer.phase \
-                            and taken.index <= segment.nodes[-1]:  # fmt: skip
-                        calls.append(taken.call)
-                        taken = next(steps, None)
-                    parts.append(Part(layer.name, kind, layer.phase, segment.name, segment.comm, tuple(calls)))
-            assert taken is None
-            made.append(Chunk(runner.values, tuple(parts)))
-        bound[k] = Stage(k, made)
-    return bound
+
+    def __init__(self, engine: Engine, schedule: Schedule, rank: int, given: Given, exchange: Exchange) -> None:
+        self._engine, self._given = engine, given
+        program = engine.program
+        self._sequences = {k: program.sequence(stage_name(k)) for k in schedule.held(rank)}
+        self._layouts = {k: self._layout(s) for k, s in self._sequences.items()}
+        arena = rank_arena(schedule, rank, self._layouts)
+        self._arena = Memory.allocate(arena.bytes, given.device)
+        needs = {p: max((y.workspace[p] for y in self._layouts.values()), default=0) for p in Phase}
+        self._workspace = {p: Memory.allocate(n, given.device) for p, n in needs.items()}
+        self._parts = {k: self._gradient_parts(s) for k, s in self._sequences.items()}
+        self._shares = {n: self._share(n) for s in self._sequences.values() for n in s.losses}
+        self._rounds = Rounds(engine, exchange, given.sizes, given.gradients)
+        bound: dict[tuple[int, ChunkPlace], Chunk] = {}
+        self._chunks: dict[tuple[int, int], Chunk] = {}
+        for (stage, micro_batch), place in sorted(arena.places.items(), key=lambda item: item[0]):
+            if (stage, place) not in bound:
+                bound[stage, place] = self._bind(stage, place)
+            self._chunks[stage, micro_batch] = bound[stage, place]
+
+    def chunk(self, stage: int, micro_batch: int) -> Chunk:
+        """Where `stage` keeps what it has of `micro_batch`: from the F of it to its W, and no longer."""
+        return self._chunks[stage, micro_batch]
+
+    def _share(self, loss: str) -> torch.Tensor:
+        wide = self._engine.program.weights[0].type.dtype
+        return torch.full((), self._given.losses[loss], dtype=torch_dtype(wide), device=self._given.device)
+
+    def _layout(self, sequence: Sequence) -> ChunkLayout:
+        given = self._given
+        lasting = {*given.tensors, *(f"{COTANGENT}{n}" for n in sequence.losses)}
+        outside = frozenset(n for n, _ in sequence.gradients)
+        return chunk_layout(self._engine.program, sequence, self._engine.registry, given.sizes, outside.__contains__,
+                            lasting.__contains__)  # fmt: skip
+
+    def _gradient_parts(self, sequence: Sequence) -> dict[str, torch.Tensor]:
+        """Tensors for gradients that are added to the weight's after they were computed."""
+        in_place = gradients_in_place(self._engine, sequence, self._given.gradients)
+        types = self._types(sequence)
+        return {n: torch.empty(types[n].bound(self._given.sizes), dtype=torch_dtype(types[n].dtype),
+                               device=self._given.device)
+                for n, _ in sequence.gradients if n not in in_place}  # fmt: skip
+
+    def _types(self, sequence: Sequence) -> dict[str, Type]:
+        """The type of every value that the stages hand on; one without layers hands on what others made."""
+        types: dict[str, Type] = {}
+        for other in (*self._engine.program.sequences, sequence):
+            for layer in other.layers:
+                graph = self._engine.program.graph(layer.graph)
+                types |= {name: v.type for v, name in zip(graph.inputs, layer.inputs, strict=True)}
+                types |= {name: v.type for v, name in zip(graph.results, layer.outputs, strict=True)}
+        return types
+
+    def _bind(self, stage: int, place: ChunkPlace) -> Chunk:
+        """Everything that this stage does with a chunk at this place."""
+        engine, given, sequence, layout = self._engine, self._given, self._sequences[stage], self._layouts[stage]
+        begins = itertools.accumulate(layout.blocks, initial=0)
+        spans = tuple((b, Memory(self._arena.block[at:])) for b, at in zip(begins, (place.held, *place.late)))  # noqa: B905
+        blocks = Blocks(spans, self._workspace)
+        offsets = {s.name: s.offset for s in layout.slots.slots}
+        types = self._types(sequence)
+        inputs = {n: blocks.slot(offsets[n], Value(n, types[n]), given.sizes) for n in sequence.inputs if n in offsets}
+        inputs |= {f"{COTANGENT}{n}": self._shares[n] for n in sequence.losses}
+        room = Room(layout.slots, blocks, self._parts[stage])
+        runner = prepare_sequence(engine, sequence, given.sizes, inputs | dict(given.tensors), given.gradients,
+                                  room=room)  # fmt: skip
+        return Chunk(runner.values, tuple(_parts(engine, sequence, runner, self._rounds.layers(sequence, runner))))
+
+
+def _parts(engine: Engine, sequence: Sequence, runner: Runner, rounds: Mapping[str, LayerRounds]) -> Iterator[Part]:
+    """The calls of a bound stage, segment by segment; where a layer's rows come back, its further rounds."""
+    steps = iter(runner.again)
+    taken = next(steps, None)
+    for layer in sequence.layers:
+        graph = engine.program.graph(layer.graph)
+        kind = layer.graph.removesuffix(f"_{layer.phase.value}")
+        found = _in_order(segments(graph, engine.registry))
+        back = max((i for i, s in enumerate(found) if s.comm), default=-1)
+        for i, segment in enumerate(found):
+            calls: list[Call] = []
+            while taken is not None and taken.layer == layer.name and taken.phase is layer.phase \
+                    and taken.index <= segment.nodes[-1]:  # fmt: skip
+                calls.append(taken.call)
+                taken = next(steps, None)
+            if i == back and layer.name in rounds:
+                again = rounds[layer.name]
+                calls.append(again.forward if layer.phase is Phase.F else again.backward)
+            yield Part(layer.name, kind, layer.phase, segment.name, segment.comm, tuple(calls))
+    assert taken is None
 
 
 def _in_order(found: tuple[Segment, ...]) -> tuple[Segment, ...]:
@@ -122,23 +164,4 @@ def _in_order(found: tuple[Segment, ...]) -> tuple[Segment, ...]:
     return (Segment(found[0].name, False, tuple(sorted(nodes))),)
 
 
-def _inputs(program: Program, stage: int, sizes: Mapping[str, int], losses: Mapping[str, float],
-            device: str, known: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Tensors for what a stage is given and is not `known`: tokens, weights of its losses, values of other stages."""
-    types: dict[str, Type] = {}
-    for other in program.sequences:  # a stage without layers hands on what others made
-        for layer in other.layers:
-            graph = program.graph(layer.graph)
-            types |= {name: v.type for v, name in zip(graph.inputs, layer.inputs, strict=True)}
-            types |= {name: v.type for v, name in zip(graph.results, layer.outputs, strict=True)}
-    made = {}
-    for name in program.sequence(stage_name(stage)).inputs:
-        if name in known:
-            continue
-        made[name] = torch.zeros(types[name].bound(sizes), dtype=torch_dtype(types[name].dtype), device=device)
-        if name.startswith("d:") and name[2:] in losses:
-            made[name].fill_(losses[name[2:]])
-    return made
-
-
-__all__ = ["Chunk", "Part", "Stage", "bind_stages"]
+__all__ = ["Chunk", "Given", "Part", "Stages"]
