@@ -44,7 +44,7 @@ def test_weight_gradients_are_added_where_they_lie() -> None:
 @pytest.mark.skipif(GPU, reason="this machine can run it")
 def test_without_a_hopper_gpu_a_plan_compiles_and_says_that_it_cannot_run() -> None:
     plan = dsv3c.compile("deepseek-v3-tiny", target="h100", precision="bf16", seq=64, kernels="none")
-    with pytest.raises(InputError, match="a plan for h100 cannot run here: .* Or compile for --target cpu"):
+    with pytest.raises(InputError, match=r"a plan for h100 cannot run here: .* Or compile for --target cpu"):
         dsv3c.load(plan)
 
 
