@@ -18,7 +18,7 @@ SMALLEST_GROUP = 8
 TALL_COLUMNS = 64
 """Columns of a program that holds a tile of rows, unless groups of columns are wider."""
 TALL_PER_THREAD = 128
-"""Numbers of a tile of rows that a thread holds, half as many where several pieces become rows: registers for each."""
+"""Numbers of a tile of rows that a thread holds, shared by the pieces that become rows: registers for each."""
 VECTOR = 8
 """Neighbouring rows that a thread holds at most, where columns become rows."""
 PROGRAMS = 264
@@ -102,17 +102,27 @@ def stored_pieces(row: Row, cols: int) -> Iterator[tuple[Row, int, int]]:
         yield row, 0, cols
 
 
+@dataclass(frozen=True, slots=True)
+class Tall:
+    """What a kernel over tiles of rows has to do: bits of the numbers of its operands in rows, how many pieces have
+    columns that become rows, and whether it stores rows as rows beside."""
+
+    operands: tuple[int, ...]
+    turned: int
+    kept: bool
+
+
 class Blocks:
     """The lanes of a kernel. `mode`: `split` if every block of columns is a program of its own (no number of the row
     depends on all of it), `whole` if a program holds rows in registers, `loop` if it walks over blocks.
 
-    `tall`, bits of the widest operand: a program holds a tile of rows and one block of columns of each stored piece;
-    `results` are then those that may not be summed up from blocks of columns. `beside` of its rows go to one thread.
-    `turned`: how many pieces have columns that become rows.
+    With `tall`, a program holds a tile of rows and one block of columns of each stored piece; `results` are then those
+    that may not be summed up from blocks of columns. `beside` of its rows go to one thread; `vector`, if not 0: so
+    many neighbouring columns are loaded at once, whatever their type.
     """
 
-    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool, tall: int = 0,
-                 turned: int = 0) -> None:  # fmt: skip
+    def __init__(self, results: tuple[Row, ...], widths: tuple[int, ...], may_split: bool,
+                 tall: Tall | None = None) -> None:  # fmt: skip
         every = tuple(walk(results))
         self._groups: dict[int, int] = {}
         for row in every:
@@ -138,12 +148,15 @@ class Blocks:
         self.chunks = max((d.chunks for d in pieces), default=1) if self.mode == "split" else 1
         self.rows = TILE_ROWS if tall else max(1, LANES // self.lanes)
         self.warps = min(16, max(1, self.rows * self.lanes // (32 * LANES_PER_THREAD)))
+        self.beside, self.vector = 1, 0
         if tall:
-            per_thread = TALL_PER_THREAD // (1 + (turned > 1))
+            per_thread = max(32, power_of_two(TALL_PER_THREAD // tall.turned + 1) // 2)
             self.warps = min(16, max(4, self.rows * self.lanes // (32 * per_thread)))
-        across = max(1, self.lanes * tall // 128)  # threads that load one row, 16 bytes each
-        self.vector = 128 // tall if tall else 0  # numbers of one load, as many of every type
-        self.beside = max(1, min(VECTOR, self.rows * across // (32 * self.warps)))
+            across = max(1, self.lanes * max(tall.operands) // 128)  # threads that load one row, 16 bytes each
+            if tall.turned > 1 or not tall.kept:
+                self.beside = max(1, min(VECTOR, self.rows * across // (32 * self.warps)))
+            if len(set(tall.operands)) > 1:
+                self.vector = 128 // max(tall.operands)
 
     def _padded(self, cols: int, group: int) -> int:
         return power_of_two(-(-cols // group)) * power_of_two(group) if group else power_of_two(cols)

@@ -14,7 +14,7 @@ from dsv3c.rows import Binary, Constant, Down, Reduce, Round, Row, children, wal
 from dsv3c.targets import _triton_math as tt
 from dsv3c.targets._regions import RegionProgram
 from dsv3c.targets._row_pieces import pieces
-from dsv3c.targets._triton_blocks import PROGRAMS, At, Blocks, Domain, stored_pieces
+from dsv3c.targets._triton_blocks import PROGRAMS, At, Blocks, Domain, Tall, stored_pieces
 from dsv3c.targets._triton_values import NeedsWholeRow, Scope, Values, identity
 
 TURNED = ("turned", "turned_tile")
@@ -106,10 +106,10 @@ class _Generator(Values):
             if any(isinstance(r, Reduce) and not r.group for r in walk(rest)):
                 raise IRError(f"{program.name}: what is computed in tiles of rows needs whole rows first")
             widths += [r.x.cols for r in walk(results) if isinstance(r, Reduce) and not r.group]
-        operands = [o.dtype.bits for o in program.operands if o.kind == "row" and o.cols >= max(widths, default=0)]
-        widest = max(operands, default=32) if tall else 0
-        turned = sum(program.results[k].kind == "turned" for k, *_ in self.stored)
-        super().__init__(program, Blocks(rest, tuple(widths), may_split, widest, turned))
+        wide = [o.dtype.bits for o in program.operands if o.kind == "row" and o.cols >= max(widths, default=0)]
+        kinds = [program.results[k].kind for k, *_ in self.stored]
+        shape = Tall(tuple(wide or [32]), max(1, kinds.count("turned")), "row" in kinds) if tall else None
+        super().__init__(program, Blocks(rest, tuple(widths), may_split, shape))
         self.across = tall and ACROSS
         self.folds = self.folds if self.blocks.chunks > 1 else ()
         self.programs = PROGRAMS if any(r.kind == "column" for r in program.results) else 0
