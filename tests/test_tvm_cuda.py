@@ -34,8 +34,7 @@ def on_cpu(folder: Path, kernel: Kernel, inputs: Tensors, outputs: Tensors) -> N
 
 
 @pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="needs g++")
-@pytest.mark.parametrize("name", ROWS_ALONE)
-@pytest.mark.parametrize(("rows", "n"), [(3, 256), (5, 320)])
+@pytest.mark.parametrize(("name", "rows", "n"), [(n, 2, 256) for n in ROWS_ALONE] + [("norm_backward", 3, 320)])
 def test_the_source_computes_the_region(tmp_path: Path, name: str, rows: int, n: int) -> None:
     region = REGIONS[name](rows, n)
 
