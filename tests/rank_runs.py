@@ -8,7 +8,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -53,12 +53,16 @@ def run(size: int, function: Callable[..., T], *arguments: object) -> list[T]:
     found: list[T] = []
     failures = []
     for rank, (_, here) in enumerate(ranks):
+        answer: tuple[bool, Any] = False, "no answer in time"
         try:
-            good, value = here.recv() if here.poll(SECONDS) else (False, "no answer in time")
+            if here.poll(SECONDS):
+                answer = here.recv()
         except EOFError:
-            good, value = False, "the process ended without an answer"
-        found.append(value)
-        if not good:
+            answer = False, "the process ended without an answer"
+        good, value = answer
+        if good:
+            found.append(value)
+        else:
             failures.append(f"rank {rank}: {value}")
     for process, _ in ranks:
         process.join(10)

@@ -67,7 +67,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
                         micro_batch=case.micro_batch)  # fmt: skip
             assert made.comm.get("two_hop") is (case.ranks_per_node == 2)
             if case.flat:
-                made = replace(made, comm=made.comm | {"two_hop": False})
+                made = replace(made, comm={**made.comm, "two_hop": False})
             made.save(folder / f"{case.key}.plan")
             paths.append(folder / f"{case.key}.plan")
         answers = run(size, all_of, paths, [c.steps for c in cases])
