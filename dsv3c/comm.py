@@ -30,7 +30,7 @@ _TRANSFER = re.compile(r"(\d+) (\d+)([FIB])(\d+) (recv|send) ([fb]\d+) (\d+)")
 class Transfer:
     """One message of one rank: in cell number `cell` of its row, for `action`, to or from pipeline rank `peer`.
 
-    `channel`: f or b for its direction and the number of the route. Text: `12 4F7 recv f0 3`.
+    `channel`: see `channel_of`. Text: `12 4F7 recv f0 3`.
     """
 
     cell: int
@@ -129,8 +129,14 @@ def _row(schedule: Schedule, crossings: Sequence[Crossing], rank: int) -> Iterat
                 crossing = crossings[min(action.stage, other)]
                 peer = schedule.rank_of(other, action.micro_batch)
                 if peer != rank and (crossing.forward if forward else crossing.backward):
-                    channel = f"{'f' if forward else 'b'}{schedule.route_of(action.micro_batch)}"
-                    yield Transfer(index, action, sends, channel, peer)
+                    way = (rank, peer) if sends else (peer, rank)
+                    yield Transfer(index, action, sends, channel_of(forward, *way), peer)
+
+
+def channel_of(forward: bool, source: int, target: int) -> str:
+    """The channel of a message between two pipeline ranks: f0 and b0 where forward goes up, f1 and b1 where it goes
+    down. So the messages of a pair on one channel all go one way, and none waits behind one that waits for it."""
+    return f"{'f' if forward else 'b'}{int((target > source) is not forward)}"
 
 
 def channels(transfers: Sequence[Sequence[Transfer]]) -> tuple[str, ...]:

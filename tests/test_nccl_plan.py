@@ -67,6 +67,21 @@ def test_a_rank_receives_for_a_cell_before_it_sends_what_the_cell_made() -> None
     assert transfers_of(schedule, (Crossing((), (("d:x", 4),)),))[0] == tuple(rows[0][2:])
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "zbv"])
+def test_on_a_channel_two_ranks_never_send_both_ways(kind: str) -> None:
+    """Transfers of one channel are done in order on both sides: two that face each other would both wait."""
+    schedule = generate(kind, 4, 16)
+    one = Crossing((("x", 4),), (("d:x", 4),))
+    ways: dict[tuple[frozenset[int], str], set[bool]] = {}
+    for rank, row in enumerate(transfers_of(schedule, (one,) * (schedule.stages - 1))):
+        for t in row:
+            ways.setdefault((frozenset((rank, t.peer)), t.channel), set()).add((rank < t.peer) is t.sends)
+            if kind == "dualpipe":
+                assert t.channel[1:] == str(schedule.route_of(t.action.micro_batch))
+    assert len(ways) == 3 * (2 if kind in ("1f1b", "zb1p") else 4)
+    assert all(len(found) == 1 for found in ways.values())
+
+
 def test_groups_and_hops() -> None:
     _, comm = compiled()
     groups = {g.name: g for g in comm.groups}

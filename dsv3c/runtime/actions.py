@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+from dsv3c.comm import channel_of
 from dsv3c.interleave import FORWARD, Step
 from dsv3c.ir import Phase
 from dsv3c.runtime.collectives import Channel, Pending
@@ -144,8 +145,9 @@ class Actions:
         other = action.stage + (1 if forward is sends else -1)
         if action.kind == "W" or not 0 <= other < self.schedule.stages or not self._names(action, sends):
             return None
-        channel = f"{'f' if forward else 'b'}{self.schedule.route_of(action.micro_batch)}"
-        return channel, self.schedule.rank_of(other, action.micro_batch)
+        peer = self.schedule.rank_of(other, action.micro_batch)
+        way = (self.rank, peer) if sends else (peer, self.rank)
+        return channel_of(forward, *way), peer
 
     def _box(self, boxes: dict[tuple[str, int], Box], action: Action, channel: str) -> Box:
         return boxes.setdefault((channel, action.stage), Box())

@@ -15,7 +15,8 @@ from dsv3c.errors import WorkError
 from dsv3c.tensors import wide
 
 CHANNELS = ("f0", "b0", "f1", "b1")
-"""Forward and backward of each of DualPipe's two directions. In one channel all messages of a pair go one way."""
+"""Forward and backward where forward goes up the pipeline (0) and where it goes down (1); see `dsv3c.comm.channel_of`.
+NCCL takes the transfers of one channel in their order on both sides, so all messages of a pair must go one way."""
 
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
 
