@@ -295,7 +295,7 @@ def _place(mesh: Mesh, environment: Mapping[str, str]) -> tuple[int, int, int]:
     missing = [name for name in _VARIABLES if name not in environment]
     if missing:
         raise InputError(
-            f"this plan is for {mesh.world} ranks ({mesh}) and {missing[0]} is not set; "
+            f"this plan is for {mesh.world} ranks ({mesh}), which train together, and {missing[0]} is not set; "
             f"start it with torchrun --nproc-per-node {mesh.world} -m dsv3c train ..., or so your own script"
         )
     try:
