@@ -53,7 +53,8 @@ def build(text: str, folder: Path) -> ctypes.CDLL:
     if not path.exists():
         found = {m[1]: m[2].split(", ") for m in re.finditer(r"__launch_bounds__\(\d+\) (\w+)\(([^)]*)\)", text)}
         source = path.with_suffix(".cpp")
-        source.write_text(HEAD + text.replace("__shared__ alignas(64)", "static") + "".join(_runner(n, p) for n, p in found.items()))
+        runners = "".join(_runner(n, p) for n, p in found.items())
+        source.write_text(HEAD + text.replace("__shared__ alignas(64)", "static") + runners)
         flags = ["-std=c++20", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-pthread", "-w"]
         subprocess.run([COMPILER, *flags, str(source), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
