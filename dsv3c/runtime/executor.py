@@ -57,6 +57,21 @@ class Engine:
     def prepare(self, node: Node, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...],
                 accumulate: bool = False) -> Call:  # fmt: skip
         """The call that executes `node` on these tensors; with `accumulate` it adds to the (only) output."""
+        implementation = self.target.implementations.get(node.op)
+        if accumulate and implementation is not None and implementation.accumulates:
+            return implementation.prepare(inputs, outputs, accumulate=True, **dict(node.attrs))
+        if not accumulate:
+            return self._prepare(node, inputs, outputs)
+        scratch = torch.empty_like(outputs[0])
+        compute = self._prepare(node, inputs, (scratch,))
+
+        def add() -> None:
+            compute()
+            outputs[0].add_(scratch)
+
+        return add
+
+    def _prepare(self, node: Node, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
         if node.op == "call":
             name = str(node.attr("graph"))
             if name in self.kernels:
@@ -66,21 +81,8 @@ class Engine:
             if self.exchange is None:
                 raise IRError(f"{node.path}: {node.op} sends rows to other ranks, and there is one")
             return self.exchange(node, inputs, outputs)
-        implementation = self.target.implementations.get(node.op)
-        if implementation is None:
-            implementation = reference_implementation(self.registry, node.op)
-        if not accumulate:
-            return implementation.prepare(inputs, outputs, **dict(node.attrs))
-        if implementation.accumulates:
-            return implementation.prepare(inputs, outputs, accumulate=True, **dict(node.attrs))
-        scratch = torch.empty_like(outputs[0])
-        compute = implementation.prepare(inputs, (scratch,), **dict(node.attrs))
-
-        def add() -> None:
-            compute()
-            outputs[0].add_(scratch)
-
-        return add
+        implementation = self.target.implementations.get(node.op) or reference_implementation(self.registry, node.op)
+        return implementation.prepare(inputs, outputs, **dict(node.attrs))
 
     def _inline(self, graph: Graph, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, ...]) -> Call:
         """A region without a kernel runs by the references of its ops."""

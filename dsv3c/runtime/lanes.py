@@ -13,7 +13,6 @@ import torch
 
 from dsv3c.files import write_bytes
 from dsv3c.ir import Phase
-from dsv3c.runtime.runner import Call
 from dsv3c.runtime.stages import Part
 
 COMPUTE, COMMUNICATION = "compute", "communication"
@@ -69,6 +68,8 @@ class Lanes:
             start = time.perf_counter()
             for call in part.calls:
                 call()
+            if part.further is not None and part.further.needed():
+                part.further.run()
             if self.recording:
                 lane = COMMUNICATION if part.comm else COMPUTE
                 now = time.perf_counter()
@@ -80,11 +81,15 @@ class Lanes:
         last: dict[Chain, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
         waiting: tuple[Chain, Part, torch.cuda.Event | None] | None = None
 
-        def finish(chain: Chain, part: Part, start: torch.cuda.Event | None, calls: tuple[Call, ...]) -> None:
-            stream = other if part.comm else compute
+        def finish(chain: Chain, part: Part, start: torch.cuda.Event | None) -> None:
+            stream, beside = (other, compute) if part.comm else (compute, other)
             with torch.cuda.stream(stream):
-                for call in calls:
+                for call in part.calls:
                     call()
+                if part.further is not None and part.further.needed():
+                    stream.wait_stream(beside)
+                    part.further.run()
+                    beside.wait_stream(stream)
                 end = torch.cuda.Event(enable_timing=self.recording)
                 end.record(stream)
             if start is not None:
@@ -94,7 +99,7 @@ class Lanes:
         for number, part in parts:
             chain = number, part.phase is Phase.W  # W reads what B computed; it waits for no exchange of gradients
             if waiting is not None and (part.comm or chain == waiting[0]):
-                finish(*waiting, waiting[1].calls)
+                finish(*waiting)
                 waiting = None
             stream = other if part.comm else compute
             before = last.get(chain)
@@ -108,11 +113,11 @@ class Lanes:
                 if begin is not None:
                     begin()
             if begin is None or self.serial:
-                finish(chain, part, start, part.calls)
+                finish(chain, part, start)
             else:
                 waiting = chain, part, start
         if waiting is not None:
-            finish(*waiting, waiting[1].calls)
+            finish(*waiting)
         compute.wait_stream(other)
 
     def _event(self) -> torch.cuda.Event:

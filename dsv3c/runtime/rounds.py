@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -41,6 +42,17 @@ def between(graph: Graph, given: Iterable[str]) -> tuple[Node, ...]:
 def made(nodes: Iterable[Node]) -> set[str]:
     """Names of what nodes make for one round: not the tokens that a `combine` brings back."""
     return {v.name for n in nodes if not (crosses_ranks(n) and n.op == "combine") for v in n.outputs}
+
+
+@dataclass(frozen=True)
+class Further:
+    """The further rounds of a layer in one direction, where `needed()`: known once the first `dispatch` was called.
+
+    `run` uses memory and scratch that all parts use, so nothing else may run on the device meanwhile.
+    """
+
+    needed: Callable[[], bool]
+    run: Callable[[], None]
 
 
 @dataclass
@@ -87,27 +99,31 @@ class LayerRounds:
         sender = next(n for n in graph.nodes if crosses_ranks(n) and n.op == "dispatch")
         self._handle = runner.bindings[phases[Phase.F].name, Phase.F][sender.outputs[3].name]
 
-    def forward(self) -> None:
+    @property
+    def forward(self) -> Further:
         """After the first round's `combine`: the other rounds; then its output is whole."""
-        count = self._rounds.exchange.rounds(self._handle)
-        if count > 1:
-            self._wait()
-            for c in range(1, count):
-                self._run(Phase.F, c)
-            self._wait()
+        return Further(lambda: self._count > 1, self._forward)
 
-    def backward(self) -> None:
+    @property
+    def backward(self) -> Further:
         """After the last `combine` of gradients: the other rounds, with what forward saved made again, and weight
         gradients with them."""
-        count = self._rounds.exchange.rounds(self._handle)
-        if count > 1:
-            self._wait()
-            for c in range(1, count):
-                self._run(Phase.F, c, but="combine")
-                self._run(Phase.B, c)
-                self._run(Phase.W, c)
-            self._rounds.exchange.release(self._handle)
-            self._wait()
+        return Further(lambda: self._count > 1, self._backward)
+
+    @property
+    def _count(self) -> int:
+        return self._rounds.exchange.rounds(self._handle)
+
+    def _forward(self) -> None:
+        for c in range(1, self._count):
+            self._run(Phase.F, c)
+
+    def _backward(self) -> None:
+        for c in range(1, self._count):
+            self._run(Phase.F, c, but="combine")
+            self._run(Phase.B, c)
+            self._run(Phase.W, c)
+        self._rounds.exchange.release(self._handle)
 
     def _run(self, phase: Phase, c: int, but: str = "") -> None:
         if self._bound is None:
@@ -115,11 +131,6 @@ class LayerRounds:
         for node, call in self._bound.get(phase, ()):
             if not (but and node.op == but and crosses_ranks(node)):
                 call(c)
-
-    def _wait(self) -> None:
-        """Rounds run alone on the device: they use memory and scratch that other streams use too."""
-        if self._handle.is_cuda:
-            torch.cuda.synchronize()
 
     # ---- binding ---------------------------------------------------------------------------------------------------
 
@@ -140,6 +151,9 @@ class LayerRounds:
             weights = {v.name: self._weights[name] for v, name in results if name in self._weights}
             sinks = {name: self._rounds.gradients[weight] for name, weight in weights.items()}
             bound[phase] = [call for n in nodes if (call := self._node(n, graph, local, fresh, sinks, registry))]
+            for name, total in sinks.items():
+                if name in fresh and local[name] is not total:  # no node could add to it
+                    bound[phase].append((graph.nodes[-1], _any_round(partial(total.add_, local[name]))))
             known |= {n: local[n] for n in fresh}
         return bound
 
@@ -164,5 +178,8 @@ class LayerRounds:
         return node, _any_round(rounds.engine.prepare(node, inputs, outputs))
 
 
-def _any_round(call: Callable[[], None]) -> RoundCall:
-    return lambda c: call()
+def _any_round(call: Callable[[], object]) -> RoundCall:
+    def run(c: int) -> None:
+        call()
+
+    return run

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 
 from dsv3c.chunks import ChunkLayout, ChunkPlace, chunk_layout, rank_arena
-from dsv3c.ir import IRError, Phase, Sequence, Type, Value
+from dsv3c.ir import Graph, IRError, Layer, Phase, Sequence, Type, Value
 from dsv3c.runtime.exchange import Exchange
 from dsv3c.runtime.executor import Blocks, Engine, Room, gradients_in_place, prepare_sequence
-from dsv3c.runtime.rounds import LayerRounds, Rounds
+from dsv3c.runtime.rounds import Further, LayerRounds, Rounds
 from dsv3c.runtime.runner import Call, Memory, Runner
 from dsv3c.schedule import Schedule
 from dsv3c.segments import Segment, segments
@@ -24,7 +24,7 @@ from dsv3c.tensors import torch_dtype
 class Part:
     """Prepared calls of one segment of a layer: computation, or communication among the ranks of an expert group.
 
-    `kind`: the layer's graph before it was cut into phases.
+    `kind`: the layer's graph before it was cut into phases. `further`: what may have to follow the calls, alone.
     """
 
     layer: str
@@ -33,6 +33,7 @@ class Part:
     name: str
     comm: bool
     calls: tuple[Call, ...]
+    further: Further | None = None
 
 
 @dataclass
@@ -133,13 +134,23 @@ class Stages:
 
 
 def _parts(engine: Engine, sequence: Sequence, runner: Runner, rounds: Mapping[str, LayerRounds]) -> Iterator[Part]:
-    """The calls of a bound stage, segment by segment; where a layer's rows come back, its further rounds."""
+    """The calls of a bound stage, segment by segment; where a layer's rows come back, its further rounds.
+
+    W runs after what its B computed, not after its B's exchanges, and the next layer's may begin beside it: so W must
+    not read their memory.
+    """
     steps = iter(runner.again)
     taken = next(steps, None)
+    exchanged: set[str] = set()
     for layer in sequence.layers:
         graph = engine.program.graph(layer.graph)
         kind = layer.graph.removesuffix(f"_{layer.phase.value}")
         found = _in_order(segments(graph, engine.registry))
+        if layer.phase is Phase.B:
+            exchanged |= _exchanged(layer, graph, found, runner)
+        elif layer.phase is Phase.W and not exchanged.isdisjoint(layer.inputs):
+            name = min(exchanged.intersection(layer.inputs))
+            raise IRError(f"{layer.name}: the weight gradient reads {name}, which an exchange brings; copy it in B")
         back = max((i for i, s in enumerate(found) if s.comm), default=-1)
         for i, segment in enumerate(found):
             calls: list[Call] = []
@@ -147,11 +158,19 @@ def _parts(engine: Engine, sequence: Sequence, runner: Runner, rounds: Mapping[s
                     and taken.index <= segment.nodes[-1]:  # fmt: skip
                 calls.append(taken.call)
                 taken = next(steps, None)
+            further = None
             if i == back and layer.name in rounds:
-                again = rounds[layer.name]
-                calls.append(again.forward if layer.phase is Phase.F else again.backward)
-            yield Part(layer.name, kind, layer.phase, segment.name, segment.comm, tuple(calls))
+                further = rounds[layer.name].forward if layer.phase is Phase.F else rounds[layer.name].backward
+            yield Part(layer.name, kind, layer.phase, segment.name, segment.comm, tuple(calls), further)
     assert taken is None
+
+
+def _exchanged(layer: Layer, graph: Graph, found: tuple[Segment, ...], runner: Runner) -> set[str]:
+    """Names of what a layer hands on that lies where an exchange put it."""
+    assert runner.layout is not None
+    roots = runner.layout.graphs[graph.name].roots
+    brought = {v.name for s in found if s.comm for i in s.nodes for v in graph.nodes[i].outputs}
+    return {name for v, name in zip(graph.results, layer.outputs, strict=True) if roots[v.name] in brought}
 
 
 def _in_order(found: tuple[Segment, ...]) -> tuple[Segment, ...]:
