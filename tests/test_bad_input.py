@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -167,8 +168,8 @@ TRAIN = "train x.plan --data text.txt --tokenizer bytes --steps 1 --out run"
     ("flags", "message"),
     [
         ({"job": "decode"}, "was compiled for --job decode; compile with --job train to train"),
-        ({"target": "h800", "precision": "bf16"}, "a plan for h800 cannot run here; compile for --target cpu"),
-        ({"mesh": "dp=2"}, "plan is for 2 ranks, but one runs; compile it without --mesh"),
+        ({"target": "h800", "precision": "bf16"}, "Or compile for --target cpu"),
+        ({"mesh": "dp=2"}, "RANK is not set; start it with torchrun --nproc-per-node 2 -m dsv3c train"),
         ({"passes": "eliminate"}, "the passes of this plan, 'eliminate', make no backward pass"),
         ({"passes": "differentiate"}, "make no backward pass; compile with differentiate and then cut among them"),
     ],
@@ -179,14 +180,15 @@ def test_a_plan_that_cannot_be_trained(flags: dict[str, object], message: str, p
     assert not (place / "run" / "checkpoints").exists() and not (place / "run" / "hf").exists()
 
 
-def test_a_plan_for_many_ranks_says_that_it_is_not_divided_and_does_not_run(
+def test_a_plan_for_many_ranks_is_started_by_torchrun(
     place: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = "--seq 16 --kernels none --mesh pp=2,dp=4,ep=2"
     assert cli.main(["compile", "model", *flags.split(), "-o", "x.plan"]) == 0
-    assert "(8 ranks; not divided yet: all figures are of one rank that holds everything)" in capsys.readouterr().out
-    message = "a plan for 8 ranks cannot run: many ranks are not executed yet; compile it without --mesh"
-    assert message in refused("generate x.plan --tokens 1")
+    assert "pp=2,dp=4,ep=2,tp=1 (8 ranks)" in capsys.readouterr().out
+    message = r"for 8 ranks \(pp=2,.*\), which train together, .*; start it with torchrun --nproc-per-node 8 "
+    assert re.search(message, refused("generate x.plan --tokens 1"))
+    assert re.search(message, refused(TRAIN))
     with pytest.raises(InputError, match=message):
         dsv3c.load("x.plan")
 

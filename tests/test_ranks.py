@@ -5,6 +5,11 @@ gradients are added up per shard and then over ranks; the gradient of a weight t
 with dp > 1 or two copies of a stage, and the embedding, which the MTP module reads in the last stage) is a sum over
 micro-batches on each rank and then over ranks; and with experts on several ranks the rows of an expert, over which its
 weight gradient sums, come in the order of ranks. Everything else, so the first step's losses, is equal to the bit.
+
+Over 20 steps of `deepseek-v3-tiny` (8×32 random tokens, measured once, too long for a test) losses differ by at most
+4e-16 with every schedule on 2 and 4 ranks, and 7e-15 on pp=2,dp=2,ep=2, dp=4,ep=4 and pp=2,dp=4,ep=4. In float32 they
+stay within 1.1e-6 for 10 steps on pp=2,dp=2,ep=2; in step 11 one token of layer 3 chooses another expert, where the
+smallest margin between two scores is 1.3e-5, and from there the runs part.
 """
 
 from __future__ import annotations
