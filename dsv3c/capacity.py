@@ -59,25 +59,44 @@ def reach(program: Program, dispatch: Node) -> int:
 def exchange_room(program: Program, sizes: Mapping[str, int], ranks: int, ranks_per_node: int) -> int:
     """Bytes for rows on their way between `ranks`, beside the tensors of the plan; `sizes` with all capacities.
 
-    On each part of the way there is room for the rows of one exchange, the largest: those that are sent, and with two
-    hops also those at the rank in between and those that it passes on.
+    On each part of the way there is room for the rows of one exchange, the largest: those that are sent, with two
+    hops also those at the rank in between and those that it passes on, and with one hop from node to node what was
+    added up of one node.
     """
-    local = math.gcd(ranks, ranks_per_node)
     parts: dict[str, int] = {}
     for node in (n for g in program.graphs for n in g.nodes if crosses_ranks(n)):
         carried = node.inputs if node.op == "dispatch" else node.inputs[:1]
-        here = (node.inputs if node.op == "combine" else node.outputs)[0].type.bound(sizes)[0]
-        handle = node.outputs[3] if node.op == "dispatch" else node.inputs[1]
-        tokens = bind(handle.type.elements, sizes) // ranks
+        tokens, here = _tokens_and_rows(node, sizes, ranks)
+        local = math.gcd(ranks, ranks_per_node)
         if 1 < local < ranks:
             crossing = min(tokens * (ranks // local), here)
             rows = {"first": crossing, "middle": crossing, "second": here}
         else:
             rows = {"first": min(tokens * ranks, here)}
+            if local < ranks and node.op == "combine":
+                rows["partial"] = tokens
         for part, count in rows.items():
             each = (count * bind(v.type.shape[-1], sizes) * v.type.dtype.bits // 8 for v in carried)
             parts[part] = max(parts.get(part, 0), sum(-(-n // ALIGNED) * ALIGNED for n in each))
     return sum(parts.values())
+
+
+def route_bytes(dispatch: Node, sizes: Mapping[str, int], ranks: int, ranks_per_node: int) -> int:
+    """Bytes of what is kept of the way of one dispatch's rows, for all that takes the same way later."""
+    local = math.gcd(ranks, ranks_per_node)
+    tokens, here = _tokens_and_rows(dispatch, sizes, ranks)
+    if not 1 < local < ranks:
+        return 4 * (min(tokens * ranks, here) + 1 + tokens * ranks)
+    nodes = ranks // local
+    crossing = min(tokens * nodes, here)
+    return 4 * (crossing + 1 + tokens * nodes + here + 1 + crossing * local)
+
+
+def _tokens_and_rows(node: Node, sizes: Mapping[str, int], ranks: int) -> tuple[int, int]:
+    """Tokens of a rank, and rows that it has from others, of a node that sends rows."""
+    handle = node.outputs[3] if node.op == "dispatch" else node.inputs[1]
+    rows = (node.inputs if node.op == "combine" else node.outputs)[0].type.bound(sizes)[0]
+    return bind(handle.type.elements, sizes) // ranks, rows
 
 
 def _numbers(dispatch: Node, sizes: Mapping[str, int] | None) -> tuple[int, int, int, int]:

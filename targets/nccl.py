@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from dsv3c.capacity import capacity
+from dsv3c.capacity import capacity, exchange_room
 from dsv3c.comm import (
     CommPlan,
     Crossing,
@@ -20,7 +20,6 @@ from dsv3c.comm import (
     transfers_of,
 )
 from dsv3c.costs import Times, Traffic, local_ranks
-from dsv3c.dims import bind
 from dsv3c.interleave import Overlap
 from dsv3c.ir import Graph, Node, Program, Type
 from dsv3c.job import LANE, Job, Mesh
@@ -30,9 +29,6 @@ from dsv3c.schedule import Schedule
 from dsv3c.segments import segments
 from dsv3c.stages import borders
 from dsv3c.target import Machine
-
-ALIGNED = 256
-"""Bytes to which a tensor on its way begins."""
 
 
 def plan_communication(program: Program, registry: Registry, schedule: Schedule, job: Job, machine: Machine,
@@ -55,7 +51,7 @@ def plan_communication(program: Program, registry: Registry, schedule: Schedule,
         schedule.kind, two_hop, overlap.communication_units if overlap else 0, local, _groups(mesh, local),
         crossings, transfers_of(schedule, crossings), _reductions(program, schedule, job),
         tuple(_exchange(times, graph, segment, node) for graph, segment, node in nodes),
-        tuple(sorted(rows.items())), room_bytes(program, {**given, **rows}, mesh, job.ranks_per_node), overlap,
+        tuple(sorted(rows.items())), exchange_room(program, {**given, **rows}, mesh.ep, job.ranks_per_node), overlap,
     )  # fmt: skip
     check(plan, schedule)
     return plan
@@ -117,34 +113,3 @@ def _exchange(times: Times, graph: Graph, segment: str, node: Node) -> RowExchan
     sent: Traffic = times.traffic_of(node)
     assert tokens > 0
     return RowExchange(graph.name, segment, node.op, math.ceil(row), math.ceil(sent.slow), math.ceil(sent.fast))
-
-
-def room_bytes(program: Program, sizes: Mapping[str, int], mesh: Mesh, ranks_per_node: int) -> int:
-    """Memory that a rank needs for rows on their way, beside the tensors of the plan; `sizes` with all capacities.
-
-    On each part of the way there is room for the rows of one exchange, the largest: those that are sent, and with two
-    hops also those at the rank in between and those that it passes on.
-    """
-    local = local_ranks(mesh.ep, ranks_per_node)
-    nodes = mesh.ep // local
-    parts: dict[str, int] = {}
-    for node in (n for g in program.graphs for n in g.nodes if dict(n.attrs).get("ranks", 1) != 1):
-        if node.op not in ("dispatch", "dispatch_again", "combine"):
-            continue
-        carried = node.inputs if node.op == "dispatch" else node.inputs[:1]
-        here = (node.inputs if node.op == "combine" else node.outputs)[0].type.bound(sizes)[0]
-        handle = node.outputs[3] if node.op == "dispatch" else node.inputs[1]
-        tokens = bind(handle.type.elements, sizes) // mesh.ep
-        if 1 < local < mesh.ep:
-            crossing = min(tokens * nodes, here)
-            rows = {"first": crossing, "middle": crossing, "second": here}
-        else:
-            rows = {"first": min(tokens * mesh.ep, here)}
-        for part, count in rows.items():
-            need = sum(_aligned(count * bind(v.type.shape[-1], sizes) * v.type.dtype.bits // 8) for v in carried)
-            parts[part] = max(parts.get(part, 0), need)
-    return sum(parts.values())
-
-
-def _aligned(size: int) -> int:
-    return -(-size // ALIGNED) * ALIGNED

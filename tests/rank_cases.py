@@ -201,6 +201,27 @@ def one_rank_on_each_node(world: World) -> None:
 
 
 @case
+def sums_are_bound_once(world: World) -> None:
+    """However often rows come back, straight from ranks each on a node of its own."""
+    from dsv3c.targets import TARGETS
+
+    alone = nodes_of(world, 1)
+    target = TARGETS["cpu" if world.device.type == "cpu" else "h100"]
+    exchange = Exchange(alone, False, unpermute=target.implementations["unpermute"])
+    every = draw(alone, "uneven", torch.float32)
+    way = Way.prepare(exchange, every[alone.ep_index], GENEROUS)
+    rows, back = torch.ones(GENEROUS, COLS, device=world.device), torch.empty(*TOKENS, COLS, device=world.device)
+    combine = exchange.prepare(node("combine", way.ranks, "y"), (rows, way.handle), (back,))
+    way.call()
+    found = []
+    for _ in range(3):
+        combine()
+        found.append(len(exchange._sums))
+    assert found == [found[0]] * 3 and exchange.room.bytes >= rows.nbytes
+    same(back.mean(-1), (way.handle >= 0).sum(-1).float(), "combine")
+
+
+@case
 def every_payload(world: World) -> None:
     for dtype in (torch.float64, torch.float8_e4m3fn, torch.float16):
         for two_hop in (False, True):

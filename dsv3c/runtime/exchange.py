@@ -38,7 +38,7 @@ import torch
 from dsv3c.errors import WorkError
 from dsv3c.ir import IRError, Node
 from dsv3c.ops.dispatch import source_order
-from dsv3c.runtime.collectives import Pending, gather
+from dsv3c.runtime.counts import Counts, by_node, put
 from dsv3c.runtime.routes import AddUp, Hop, Room, add_up, hits, places
 from dsv3c.runtime.world import World
 from dsv3c.target import Implementation
@@ -77,7 +77,7 @@ class Exchange:
         self.room = Room(world.device)
         self._sent: dict[int, _Sent] = {}
         self._unpermute = unpermute
-        self._sums: dict[tuple[int, ...], Call] = {}
+        self._sums: dict[tuple[object, ...], Call] = {}
         self._order = source_order(self.ranks, self.local)
 
     # ---- for the executor ------------------------------------------------------------------------------------------
@@ -121,11 +121,6 @@ class Exchange:
         if sent is not None:
             _reset(sent)
 
-    def forget(self) -> None:
-        """Drop all routes, when the tensors that calls were bound to are gone."""
-        self._sent.clear()
-        self._sums.clear()
-
     # ---- binding ---------------------------------------------------------------------------------------------------
 
     def _check(self, node: Node, inputs: Tensors, outputs: Tensors) -> None:
@@ -143,6 +138,8 @@ class Exchange:
         if self.two_hop:
             self.room.reserve("middle", middle, carried)
             self.room.reserve("second", rows, carried)
+        elif node.op == "combine" and self.nodes > 1:
+            self.room.reserve("partial", tokens, carried)
 
     def _sizes(self, tokens: int, rows: int) -> tuple[int, int]:
         """Rows that the first hop sends at most, and rows that it brings at most."""
@@ -243,7 +240,7 @@ class Exchange:
     def _come(self, route: tuple[Hop, ...], rows: torch.Tensor, out: torch.Tensor) -> None:
         (returned,) = self.room.take("first", route[0].most, (rows,))
         if len(route) == 1:
-            partial = torch.empty_like(out) if route[0].nodes > 1 else None
+            partial = self.room.take("partial", len(out), (rows,))[0] if route[0].nodes > 1 else None
             route[0].come(rows, returned, out, partial, self._add)
             return
         (middle,) = self.room.take("middle", route[1].limit, (rows,))
@@ -261,7 +258,7 @@ class Exchange:
         if rows.dtype not in (torch.bfloat16, torch.float32):
             add_up(rows, index, out)
             return
-        key = (rows.data_ptr(), index.data_ptr(), out.data_ptr(), *out.shape)
+        key = (rows.dtype, rows.data_ptr(), index.data_ptr(), out.data_ptr(), *out.shape)
         if key not in self._sums:
             assert self._unpermute is not None
             self._sums[key] = self._unpermute.prepare((rows, index, index), (out,))
@@ -276,30 +273,25 @@ class Dispatch:
         self._exchange, self._node = exchange, node
         self._inputs, self._outputs = inputs, outputs
         self._sent = exchange._of(outputs[3], outputs[0])
-        self._rounds = 1
+        self._counts = Counts(exchange.world.experts, exchange.nodes, _experts(node))
         self._hit: torch.Tensor | None = None
-        self._event: torch.cuda.Event | None = None
-        self._counts: torch.Tensor | None = None
-        self._pending: Pending | None = None
-        self._told: torch.Tensor | None = None
 
     def start(self) -> None:
         """Compute the routes, and begin to gather everyone's counts."""
         exchange, sent = self._exchange, self._sent
         _reset(sent)
-        e = self._inputs[1].view(sent.tokens, -1)
         each = _experts(self._node) // exchange.ranks
-        hit = self._hit = hits(e.div(each, rounding_mode="floor"), exchange.ranks)
+        hit = self._hit = hits(self._choices.div(each, rounding_mode="floor"), exchange.ranks)
         place = self._lay(sent.routes[0], hit)
         self._outputs[3].view(sent.tokens, exchange.ranks).copy_(place.t())
-        self._tell(1)
+        self._counts.tell(hit, self._choices, 1)
 
     def __call__(self) -> None:
         if self._hit is None:
             self.start()
         exchange, sent, hit = self._exchange, self._sent, self._hit
         assert hit is not None
-        counts = self._everyones()
+        counts = self._counts.read()
         while not exchange._fits(counts, sent, _experts(self._node)):
             rounds = 2 * counts.shape[1]
             if rounds > 2 * sent.tokens:
@@ -307,14 +299,14 @@ class Dispatch:
                     f"{self._node.path}: one token of each rank is more than the buffers of {sent.rows} rows and "
                     f"{exchange.sorted_rows} sorted rows hold; compile with a larger --expert-headroom"
                 )
-            self._tell(rounds)
-            counts = self._everyones()
+            self._counts.tell(hit, self._choices, rounds)
+            counts = self._counts.read()
         self._hit = None
         rounds = counts.shape[1]
         if rounds > 1:
             self._lay_rounds(hit, rounds)
         for c, route in enumerate(sent.routes):
-            self._count(route, counts[:, c])
+            put(route, counts[:, c], exchange.world.ep_index, exchange.ranks, exchange.nodes)
         inputs = self._inputs
         if rounds > 1:
             inputs = sent.kept[_name(self._node)] = tuple(t.clone() for t in inputs)
@@ -322,16 +314,17 @@ class Dispatch:
         for c in (*later, 0):
             exchange._dispatch(sent, inputs, self._outputs[:3], self._node, c, lay=True)
 
+    @property
+    def _choices(self) -> torch.Tensor:
+        """i32[tokens, k]: the experts of each token."""
+        return self._inputs[1].view(self._sent.tokens, -1)
+
     def _lay(self, route: tuple[Hop, ...], hit: torch.Tensor) -> torch.Tensor:
         """Routes of the first hop; gives places among what goes to each rank, as the handle has them."""
         if not self._exchange.two_hop:
             return route[0].mark(hit)
-        route[0].mark(self._by_node(hit))
+        route[0].mark(by_node(hit, self._exchange.nodes))
         return places(hit)
-
-    def _by_node(self, hit: torch.Tensor) -> torch.Tensor:
-        """[nodes, tokens]: whether a token goes to the node."""
-        return hit.view(self._exchange.nodes, self._exchange.local, -1).any(1)
 
     def _lay_rounds(self, hit: torch.Tensor, rounds: int) -> None:
         """Routes of every round, and the handle: places within the token's own round."""
@@ -343,58 +336,6 @@ class Dispatch:
         for c, route in enumerate(sent.routes):
             mine = hit & (turn == c)
             handle.copy_(torch.where(mine.t(), self._lay(route, mine).t(), handle))
-
-    # ---- counts ----------------------------------------------------------------------------------------------------
-
-    def _tell(self, rounds: int) -> None:
-        """Begin to gather, for each round: rows to each rank, to each node, and choices of each expert."""
-        exchange, hit = self._exchange, self._hit
-        assert hit is not None
-        tokens, experts = self._sent.tokens, _experts(self._node)
-        e = self._inputs[1].view(tokens, -1)
-        turn = torch.arange(tokens, device=hit.device) % rounds
-        to = torch.cat((hit, self._by_node(hit)))
-        if rounds == 1:
-            sums = to.sum(1, dtype=torch.int32).unsqueeze(0)
-        else:
-            sums = torch.zeros(rounds, len(to), dtype=torch.int32, device=hit.device).index_add_(0, turn, to.t().int())
-        chosen = torch.zeros(rounds * (experts + 1), dtype=torch.int32, device=hit.device)
-        slot = turn.unsqueeze(1) * (experts + 1) + torch.where(e < 0, experts, e)
-        chosen.scatter_add_(0, slot.flatten(), torch.ones_like(e, dtype=torch.int32).flatten())
-        counts = torch.cat((sums, chosen.view(rounds, -1)[:, :experts]), 1)
-        self._told = counts.new_empty(exchange.ranks, *counts.shape)
-        self._pending = gather(counts, self._told, exchange.world.experts)
-        if hit.is_cuda:
-            self._pending.wait()
-            if self._counts is None or self._counts.shape != self._told.shape:
-                self._counts = torch.empty(self._told.shape, dtype=torch.int32, pin_memory=True)
-            self._counts.copy_(self._told, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def _everyones(self) -> torch.Tensor:
-        """Counts [source, round, ranks + nodes + experts] on the host, once they are there."""
-        assert self._pending is not None and self._told is not None
-        if self._event is not None and self._counts is not None:
-            self._event.synchronize()
-            return self._counts.long()
-        self._pending.wait()
-        return self._told.long()
-
-    def _count(self, route: tuple[Hop, ...], counts: torch.Tensor) -> None:
-        """Put the host's numbers of one round into the hops."""
-        exchange = self._exchange
-        me, local, nodes = exchange.world.ep_index, exchange.local, exchange.nodes
-        to = counts[:, : exchange.ranks]
-        if len(route) == 1:
-            route[0].sends, route[0].receives = to[me].tolist(), to[:, me].tolist()
-            return
-        node, place = divmod(me, local)
-        by_node = counts[:, exchange.ranks : exchange.ranks + nodes]
-        route[0].sends, route[0].receives = by_node[me].tolist(), by_node[place::local, node].tolist()
-        through = to.view(nodes, local, exchange.ranks).sum(0)  # [place of the source, destination]
-        route[1].sends = through[place, node * local : (node + 1) * local].tolist()
-        route[1].receives = through[:, me].tolist()
 
 
 def _reset(sent: _Sent) -> None:
