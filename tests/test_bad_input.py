@@ -113,7 +113,7 @@ def files(folder: Path) -> dict[str, bytes]:
         ("compile model -p 'fuse,,cut'", "expected the name of a pass"),
         ("compile model --print-after fuze -p fuse,eliminate,eliminate", "no such pass; did you mean 'fuse'?"),
         ("compile model --stop-after x -p fuse,eliminate,eliminate", "no such pass; known: eliminate, fuse\n"),
-        ("list foo", "dsv3c: foo: no such choice; known: models, ops, passes, targets"),
+        ("list foo", "dsv3c: foo: no such choice; known: models, ops, passes, schedules, targets"),
         ("compil model", "dsv3c: compil: no such choice; did you mean 'compile'?"),
     ],
 )
