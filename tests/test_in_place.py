@@ -10,7 +10,8 @@ from dsv3c.ir import DType, Graph, Node, Type, Value
 from dsv3c.ops import REGISTRY
 from dsv3c.targets._regions import compose
 from dsv3c.targets._triton_interpreter import Worker
-from dsv3c.targets._triton_kernel import RegionLauncher, in_place, region_kernel
+from dsv3c.targets._triton_kernel import in_place, region_kernel
+from dsv3c.targets._triton_launcher import RegionLauncher
 from dsv3c.targets._triton_rows import generate
 
 F32, BF16 = DType.f32, DType.bf16

@@ -50,7 +50,8 @@ from dsv3c.targets._regions import RegionOperand, RegionProgram, RegionResult, s
 from dsv3c.targets._row_pieces import pieces
 from dsv3c.targets._triton_blocks import Blocks
 from dsv3c.targets._triton_interpreter import Launch, Worker
-from dsv3c.targets._triton_kernel import RegionLauncher, region_kernel
+from dsv3c.targets._triton_kernel import region_kernel
+from dsv3c.targets._triton_launcher import RegionLauncher
 from dsv3c.targets._triton_rows import Script, generate
 from dsv3c.tensors import torch_dtype
 
