@@ -15,7 +15,7 @@ from dsv3c.build import Builder
 from dsv3c.comm import from_json
 from dsv3c.ir import DType, Type
 from dsv3c.ops import REGISTRY
-from dsv3c.plan import Plan, load_plan
+from dsv3c.plan import Json, Plan, load_plan
 from dsv3c.runtime.rounds import between, made
 
 SEQ, BATCH, STEPS = 64, 8, 2
@@ -53,7 +53,7 @@ def train(path: Path) -> tuple[list[tuple[float, float]], int]:
 def test_rows_beyond_the_buffers_come_in_rounds(tmp_path: Path) -> None:
     plan = dsv3c.compile(SMALL, mesh="dp=2,ep=2", schedule="dualpipev", seq=SEQ, global_batch=BATCH, precision="fp64",
                          kernels="none", ranks_per_node=2)  # fmt: skip
-    narrow = {name: -(-count // 3 // 32) * 32 for name, count in from_json(plan.comm).rows}
+    narrow: dict[str, Json] = {name: -(-count // 3 // 32) * 32 for name, count in from_json(plan.comm).rows}
     path = tmp_path / "narrow.plan"
     replace(plan, comm={**plan.comm, "rows": narrow}).save(path)
     alone = dsv3c.load(dsv3c.compile(SMALL, seq=SEQ, global_batch=BATCH, precision="fp64", kernels="none"), seed=7)
