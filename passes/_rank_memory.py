@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
-from dsv3c.capacity import capacity, exchange_room
+from dsv3c.capacity import capacity, exchange_room, route_bytes
 from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
-from dsv3c.ir import DType, Graph, Phase, Program, Sequence, Type
+from dsv3c.ir import DType, Graph, Node, Phase, Program, Sequence, Type
 from dsv3c.job import LANE
 from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
+from dsv3c.rewrite import crosses_ranks
 from dsv3c.schedule import Schedule
-from dsv3c.stages import COTANGENT, PROLOGUE, bound_directly, prologue_of, sent, stage_count, stage_name
+from dsv3c.stages import COTANGENT, PROLOGUE, borders, bound_directly, prologue_of, stage_count, stage_name
 from dsv3c.state import State
-
-RECEIVING = 2
-"""Messages that may be under way at once on each channel between two stages."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def divided(state: State, headroom: float = 1.0, known: GraphLayouts | None = No
     room = exchange_room(program, sizes, job.mesh.ep, job.ranks_per_node)
     arenas, ranks, prologues = [], [], []
     alike_first: dict[object, tuple[tuple[str, ...], SequenceLayout]] = {}
+    extra: dict[tuple[str, ...], int] = {}
     for rank in range(schedule.ranks):
         held = schedule.held(rank)
         arenas.append(rank_arena(schedule, rank, {s: stages[s] for s in held}))
@@ -77,9 +78,14 @@ def divided(state: State, headroom: float = 1.0, known: GraphLayouts | None = No
             prologue = _renamed(prologue, dict(zip(theirs, names, strict=True)), f"{PROLOGUE}.{rank}")
             prologues.append(prologue)
         gradients, optimizer = _trained(groups, rank, state)
+        runs = (*([first] if first else []), *(program.sequence(stage_name(s)) for s in held))
+        graphs = tuple(dict.fromkeys(y.graph for s in runs for y in s.layers))
+        if graphs not in extra:
+            extra[graphs] = reserved(state, runs, sizes)
         ranks.append(RankMemory(
             rank, _whole(program, held) + (prologue.bytes if prologue else 0), gradients, optimizer,
-            arenas[-1].bytes + spaces, room + _between(program, held, schedule, sizes),
+            arenas[-1].bytes + spaces + extra[graphs],
+            room + _between(program, held, schedule, sizes) + _routes(state, arenas[-1], sizes),
         ))  # fmt: skip
     return Division(tuple(stages), tuple(arenas), tuple(ranks), tuple(prologues))
 
@@ -119,14 +125,41 @@ def _trained(groups: tuple[FlatGroup, ...], rank: int, state: State) -> tuple[in
 
 
 def _between(program: Program, stages: tuple[int, ...], schedule: Schedule, sizes: dict[str, int]) -> int:
-    """Room for what arrives from other pipeline ranks while the rank is still at work on something else."""
+    """Room for one message from and one to each neighbour of each stage: no transfer is bound to a chunk's memory."""
     types: dict[str, Type] = {}
     for sequence in program.sequences:
         for y in sequence.layers:
             types.update(zip(y.outputs, (v.type for v in program.graph(y.graph).results), strict=True))
+    each = borders(program)
+    names = (name for s in stages for way in dataclasses.astuple(each[s]) for name in way)
+    return sum(types[name].bytes(sizes) for name in names)
+
+
+def _routes(state: State, arena: RankArena, sizes: dict[str, int]) -> int:
+    """What is kept of the way of rows, for each layer that sends some and each place of a chunk."""
+    program, job = state.program, state.job
+    assert job is not None
+    places = Counter(stage for stage, _ in {(stage, place) for (stage, _), place in arena.places.items()})
     total = 0
-    for s in stages:
-        for neighbour, direction in ((s - 1, 0), (s + 1, 1)):
-            if 0 <= neighbour < schedule.stages:
-                total += RECEIVING * sum(types[name].bytes(sizes) for name in sent(program, neighbour)[direction])
+    for stage, count in places.items():
+        for y in program.sequence(stage_name(stage)).layers:
+            sends = (n for n in program.graph(y.graph).nodes if n.op == "dispatch" and crosses_ranks(n))
+            total += count * sum(route_bytes(n, sizes, job.mesh.ep, job.ranks_per_node) for n in sends)
     return total
+
+
+def reserved(state: State, sequences: Iterable[Sequence], sizes: dict[str, int]) -> int:
+    """Bytes that executing these sequences holds beside all tensors of the program: scratch, libraries."""
+    program = state.program
+    if state.target is None or state.target.reserve is None or state.job is None:
+        return 0
+    nodes: list[tuple[Node, dict[str, int]]] = []
+    for sequence in sequences:
+        for name in dict.fromkeys(layer.graph for layer in sequence.layers):  # a graph used again needs no more
+            nodes += [(node, sizes_of(sequence, sizes)) for node in program.graph(name).nodes]
+    return state.target.reserve(nodes, state.job.implementations)
+
+
+def sizes_of(sequence: Sequence, sizes: dict[str, int]) -> dict[str, int]:
+    """Decoding handles one new token per sequence; all else the job's sizes."""
+    return {**sizes, "S": 1} if sequence.name == "decode" else sizes

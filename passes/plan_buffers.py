@@ -8,8 +8,8 @@ from typing import ClassVar
 from dsv3c.arena import BufferPlan, RankMemory, SequenceLayout, sequence_layout, show_bytes
 from dsv3c.capacity import capacity
 from dsv3c.errors import InputError
-from dsv3c.ir import DType, Node, Program, Sequence
-from dsv3c.passes._rank_memory import GraphLayouts, divided
+from dsv3c.ir import DType, Program
+from dsv3c.passes._rank_memory import GraphLayouts, divided, reserved, sizes_of
 from dsv3c.stages import stage_count
 from dsv3c.state import Pass, State, TakeNote
 
@@ -87,11 +87,6 @@ def main_sequence(state: State) -> str:
     return state.job.kind if state.program.has_sequence(state.job.kind) else state.program.sequences[0].name
 
 
-def sizes_of(sequence: Sequence, sizes: dict[str, int]) -> dict[str, int]:
-    """Decoding handles one new token per sequence; all else the job's sizes."""
-    return {**sizes, "S": 1} if sequence.name == "decode" else sizes
-
-
 def rank_memory(program: Program, layouts: tuple[SequenceLayout, ...], state: State) -> RankMemory:
     """Bytes of one rank that holds the whole model."""
     job = state.job
@@ -105,20 +100,9 @@ def rank_memory(program: Program, layouts: tuple[SequenceLayout, ...], state: St
         optimizer = sum(2 * w.type.with_dtype(DType.f64 if moment == 64 else DType.bf16).bytes() for w in trained)
     prologue = sum(y.bytes for y in layouts if y.sequence == "prologue")
     activations = max((y.bytes for y in layouts if y.sequence != "prologue"), default=0) + _cache_bytes(program, state)
-    beside = reserved(state, ("prologue", main_sequence(state)))
+    runs = [s for s in program.sequences if s.name in ("prologue", main_sequence(state))]
+    beside = reserved(state, runs, state.sizes)
     return RankMemory(0, stored + prologue, gradients, optimizer, activations + beside, 0)
-
-
-def reserved(state: State, sequences: tuple[str, ...]) -> int:
-    """Bytes that executing these sequences holds beside all tensors of the program: scratch, libraries."""
-    program = state.program
-    if state.target is None or state.target.reserve is None or state.job is None:
-        return 0
-    nodes: list[tuple[Node, dict[str, int]]] = []
-    for sequence in (s for s in program.sequences if s.name in sequences):
-        for name in dict.fromkeys(layer.graph for layer in sequence.layers):  # a graph used again needs no more
-            nodes += [(node, sizes_of(sequence, state.sizes)) for node in program.graph(name).nodes]
-    return state.target.reserve(nodes, state.job.implementations)
 
 
 def _cache_bytes(program: Program, state: State) -> int:

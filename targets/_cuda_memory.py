@@ -3,11 +3,13 @@ return, and what libraries and loaded code take."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 from dsv3c.ir import Node
+from dsv3c.target import Product
 from dsv3c.targets._measured import shipped
 from dsv3c.targets._products import generated, product_of
 from dsv3c.targets._select import choose
@@ -46,7 +48,12 @@ def reserved_bytes(nodes: Iterable[tuple[Node, Sizes]], implementations: str) ->
 def _is_generated(node: Node, shapes: Shapes, implementations: str) -> bool:
     types = [(str(v.type.dtype), shape) for v, shape in zip(node.inputs, shapes, strict=True)]
     product = product_of(node.op, types, False) if node.op.startswith(("linear", "grouped_linear")) else None
-    return product is not None and generated(choose(product, implementations, shipped()).implementation)
+    return product is not None and _chosen_is_generated(product, implementations)
+
+
+@functools.cache
+def _chosen_is_generated(product: Product, implementations: str) -> bool:
+    return generated(choose(product, implementations, shipped()).implementation)
 
 
 def _scratch(node: Node, shapes: Shapes, made: bool) -> Iterator[tuple[int, int]]:

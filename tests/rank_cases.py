@@ -368,7 +368,9 @@ def shards(world: World) -> None:
         for other in flats[1:]:
             total += other
         same(out.cpu(), total[mine], "the sum of shards, in the order of ranks")
-        exchange_shards(flat, flat[mine], everyone, chunk_bytes=chunk)
+        room = torch.full((1 << 10,), 0xFF, dtype=torch.uint8, device=world.device)
+        exchange_shards(flat, flat[mine], everyone, chunk_bytes=chunk, room=room)
+        assert (room != 0xFF).any() == (chunk < 1 << 20), "as large as it must be, or not used"
         same(flat[mine].cpu(), total[mine], "the sum in place")
         for shard in (out, flat[mine]):
             gather_shards(flat, shard, everyone)

@@ -26,24 +26,20 @@ Orders: TypeAlias = Mapping[tuple[str, str], tuple[Step, ...]]
 PHASES = {"F": (Phase.F,), "I": (Phase.B,), "W": (Phase.W,), "B": (Phase.B, Phase.W)}
 
 
-LETTERS = 2
-"""Messages of one stage and channel that may be under way at once. The verifier lets a rank go on after one."""
-
-
 @dataclass
 class Box:
-    """Buffers for messages of one stage and channel, so that a chunk's memory is bound to no transfer: LETTERS of them,
-    in turn."""
+    """Buffers for one message of a stage and channel, so that a chunk's memory is bound to no transfer. The verifier
+    lets a rank go on after one."""
 
-    letters: list[tuple[Pending, list[torch.Tensor]]] = field(default_factory=list)
+    pending: Pending = field(default_factory=Pending)
+    tensors: list[torch.Tensor] = field(default_factory=list)
 
     def buffers(self, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Free buffers for tensors like these; waits for the last transfer but LETTERS."""
-        if len(self.letters) < LETTERS:
-            return [torch.empty_like(t) for t in like]
-        pending, buffers = self.letters.pop(0)
-        pending.wait()
-        return buffers
+        """Tensors like these, once the last transfer of the box is done."""
+        self.pending.wait()
+        if not self.tensors:
+            self.tensors = [torch.empty_like(t) for t in like]
+        return self.tensors
 
 
 @dataclass
@@ -73,9 +69,10 @@ class Actions:
         row = self.schedule.rows[self.rank]
         self._posted = 0
         for index, cell in enumerate(row):
-            self._post(row, index + 2)  # what the next cell receives may come while this one computes
             self.watch(index)
+            self._post(row, index + 1)
             chunks = [self._begin(a, tokens) for a in cell]
+            self._post(row, index + 2)  # what the next cell receives may come while this one computes
             work = list(zip(cell, chunks, strict=True))
             self.lanes.run("+".join(map(str, cell)), merged(work, self.orders))
             for action, chunk in work:
@@ -99,8 +96,8 @@ class Actions:
             (channel, peer), box = message, self._box(self._in, action, message[0])
             chunk = self.stages.chunk(action.stage, action.micro_batch)
             buffers = box.buffers([chunk.values[n] for n in self._names(action, sends=False)])
-            box.letters.append((self.channels[channel].recv(buffers, peer), buffers))
-            self._arriving[_key(action)] = box.letters[-1]
+            box.pending = self.channels[channel].recv(buffers, peer)
+            self._arriving[_key(action)] = box.pending, buffers
 
     def _begin(self, action: Action, tokens: list[torch.Tensor]) -> Chunk:
         """The chunk of `action` with everything it reads in place."""
@@ -131,7 +128,7 @@ class Actions:
         copies = box.buffers(values)
         for copy, value in zip(copies, values, strict=True):
             copy.copy_(value)
-        box.letters.append((self.channels[channel].send(copies, peer), copies))
+        box.pending = self.channels[channel].send(copies, peer)
 
     # ---- who and what ----------------------------------------------------------------------------------------------
 

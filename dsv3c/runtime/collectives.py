@@ -5,6 +5,7 @@ The same calls run on gloo, where waiting blocks the host, and on NCCL, where it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -179,11 +180,12 @@ def gather_shards(flat: torch.Tensor, shard: torch.Tensor, group: Group) -> None
     gather(own, flat, group).wait()
 
 
-def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_bytes: int = CHUNK_BYTES) -> None:
+def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_bytes: int = CHUNK_BYTES,
+                    room: torch.Tensor | None = None) -> None:  # fmt: skip
     """out = the sum over members, in their order, of this rank's shard of each member's flat buffer.
 
     Sums are taken in float32, in float64 for float64, so that bits repeat; at most about `chunk_bytes` of temporary
-    memory. `out` may be this rank's shard of `flat`.
+    memory, which lies in `room` (bytes) if that is given and as large. `out` may be this rank's shard of `flat`.
     """
     shards, target = _shards(flat, group), out.view(-1)
     count = target.numel()
@@ -192,26 +194,31 @@ def exchange_shards(flat: torch.Tensor, out: torch.Tensor, group: Group, chunk_b
             target.copy_(shards[0])
         return
     step = max(1, chunk_bytes // (2 * group.size * flat.element_size()))
-    rooms = [torch.empty(group.size, min(step, count), dtype=flat.dtype, device=flat.device) for _ in range(2)]
+    shape = 2, group.size, min(step, count)
+    need = math.prod(shape) * flat.element_size()
+    if room is None or room.numel() < need:
+        rooms = torch.empty(shape, dtype=flat.dtype, device=flat.device)
+    else:
+        rooms = room[:need].view(flat.dtype).view(shape)
     under_way: list[tuple[slice, torch.Tensor, Pending]] = []
 
     def finish() -> None:
-        part, room, pending = under_way.pop(0)
+        part, parts, pending = under_way.pop(0)
         pending.wait()
-        first = wide(room[0])
+        first = wide(parts[0])
         total = target[part] if target.dtype == first.dtype else torch.empty_like(first)
-        torch.add(first, wide(room[1]), out=total)
+        torch.add(first, wide(parts[1]), out=total)
         for i in range(2, group.size):
-            total += room[i]
+            total += parts[i]
         if total.dtype != target.dtype:
             target[part] = total
 
     for number, begin in enumerate(range(0, count, step)):
         part = slice(begin, min(begin + step, count))
-        room = rooms[number % 2][:, : part.stop - part.start]
+        parts = rooms[number % 2][:, : part.stop - part.start]
         sends = [[s[part]] for s in shards]
-        receives = [[room[i]] for i in range(group.size)]
-        under_way.append((part, room, swap(group, sends, receives)))
+        receives = [[parts[i]] for i in range(group.size)]
+        under_way.append((part, parts, swap(group, sends, receives)))
         if len(under_way) == 2:
             finish()
     while under_way:

@@ -124,10 +124,10 @@ class RankWeights:
         """The gradient of each weight held here, views of the buffers; always added to, from `zero_gradients` on."""
         return self.gathered()
 
-    def reduce(self) -> None:
-        """Sum the gradients of all ranks into the shards, in order of ranks."""
+    def reduce(self, room: torch.Tensor | None = None) -> None:
+        """Sum the gradients of all ranks into the shards, in order of ranks. `room`: bytes that are free meanwhile."""
         for flat in self._flats:
-            exchange_shards(flat.whole, flat.own, flat.members)
+            exchange_shards(flat.whole, flat.own, flat.members, room=room)
 
     def add_ranks(self, squares: torch.Tensor) -> None:
         """Replace one number by its sum over all ranks: the squares of this rank's shards by those of all gradients."""

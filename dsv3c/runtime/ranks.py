@@ -147,7 +147,7 @@ class RankSession:
         self._load_table.zero_()
         self._actions.run(mine)
         self._watch(len(self.cells) - 2)
-        self.weights.reduce()
+        self.weights.reduce(self.stages.room)
         squares = self._epilogue.squares()
         self.weights.add_ranks(squares)
         losses, loads = self._shared()

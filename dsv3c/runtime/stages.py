@@ -88,6 +88,11 @@ class Stages:
         """Where `stage` keeps what it has of `micro_batch`: from the F of it to its W, and no longer."""
         return self._chunks[stage, micro_batch]
 
+    @property
+    def room(self) -> torch.Tensor:
+        """The memory of all chunks: free from the last W of a step to the first F of the next."""
+        return self._arena.block
+
     def _share(self, loss: str) -> torch.Tensor:
         wide = self._engine.program.weights[0].type.dtype
         return torch.full((), self._given.losses[loss], dtype=torch_dtype(wide), device=self._given.device)
