@@ -36,7 +36,7 @@ from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.runner import Runner
 from dsv3c.runtime.session import BadStepError, StepResult
 from dsv3c.runtime.stages import Chunk, Given, Stages
-from dsv3c.runtime.world import World
+from dsv3c.runtime.world import CHANNEL_CTAS, World
 from dsv3c.schedule import Schedule, show_cell
 from dsv3c.stages import prologue_of, stage_name
 from dsv3c.target import Target
@@ -105,7 +105,8 @@ class RankSession:
         held = self.schedule.held(world.pp_index)
         sizes = {"B": job.micro_batch, "S": job.seq, "C": job.seq, **dict(self.comm.rows)}
         exchange = _exchange(self.program, self.comm, world, sizes, target)
-        self.engine = Engine.of(plan, target, REGISTRY, exchange.prepare, self.comm.units)
+        waiting = 2 * CHANNEL_CTAS if job.mesh.pp > 1 else 0  # a cell awaits up to two messages for the next one
+        self.engine = Engine.of(plan, target, REGISTRY, exchange.prepare, self.comm.units + waiting)
         self.weights = RankWeights(self.program, self.schedule.holders, world)
         if weights is None:
             self.weights.initialize(seed, self.family.parts)

@@ -36,6 +36,10 @@ START_SECONDS = 120.0
 SILENCE_SECONDS = 600.0
 """How long one transfer may take before its peer counts as lost."""
 
+CHANNEL_CTAS = 2
+"""SMs that a message between stages takes on NCCL, also while its receiver only waits for it. It has a whole cell to
+arrive in, and computation should keep the others."""
+
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -65,8 +69,8 @@ def code_digest() -> str:
 class World:
     """This rank among the ranks of `mesh`. Make one with `connect` (torchrun) or `local` (one process).
 
-    Process groups are made when first asked for, in the same order on all ranks. `ctas` limits the SMs
-    of NCCL transfers that run beside computation.
+    Process groups are made when first asked for, in the same order on all ranks. `ctas` limits the SMs of NCCL's
+    exchanges among experts, which run beside computation.
     """
 
     rank: int
@@ -138,7 +142,7 @@ class World:
         pairs = {}
         for low in range(self.mesh.pp - 1):
             ranks = (self.rank_at(low, self.dp_index), self.rank_at(low + 1, self.dp_index))
-            group = self.group(ranks, f"channel.{name}", self.ctas)
+            group = self.group(ranks, f"channel.{name}", CHANNEL_CTAS)
             if self.rank in ranks:
                 pairs[2 * low + 1 - self.pp_index] = group
         return Channel(name, pairs)
@@ -250,7 +254,9 @@ class World:
         except RuntimeError as error:
             raise WorkError(f"rank {rank} cannot connect to the other ranks: {_first_line(error)}") from error
         world = cls(rank, mesh, ranks_per_node, where, store, timeout, ctas)
-        _ = world.experts, world.within_node, world.across_nodes
+        _ = world.experts
+        if 1 < world.local_ranks < mesh.ep:
+            _ = world.within_node, world.across_nodes
         for name in CHANNELS:
             world.channel(name)
         return world
