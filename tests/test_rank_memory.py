@@ -41,7 +41,7 @@ def held(path: Path) -> tuple[int, int]:
         for _ in range(2):
             session.step(tokens)
         gc.collect()
-        other = (*session.stages._rounds._memory.values(), *_scratch._pool.blocks.values())
+        other = (session.stages._rounds.memory.block, *_scratch._pool.blocks.values())
         apart = {t.untyped_storage().data_ptr() for t in other}
         found = sum(size for at, size in storages().items() if at not in before and at not in apart)
     return world.pp_index, found

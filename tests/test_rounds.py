@@ -13,10 +13,10 @@ from small import SMALL
 import dsv3c
 from dsv3c.build import Builder
 from dsv3c.comm import from_json
-from dsv3c.ir import DType, Type
+from dsv3c.ir import DType, Phase, Type
 from dsv3c.ops import REGISTRY
 from dsv3c.plan import Json, Plan, load_plan
-from dsv3c.runtime.rounds import between, made
+from dsv3c.runtime.rounds import between, made, round_layout
 
 SEQ, BATCH, STEPS = 64, 8, 2
 
@@ -76,3 +76,22 @@ def test_a_round_is_what_reads_rows_until_tokens_are_whole_again() -> None:
     nodes = between(graph, ())
     assert [n.op for n in nodes] == ["dispatch", "sort_by_expert", "permute", "unpermute", "combine"]
     assert "sum" not in made(nodes) and whole.name not in made(nodes) and offsets.name in made(nodes)
+
+
+def test_rounds_share_memory_by_lifetime_and_have_none_for_gradients() -> None:
+    plan = dsv3c.compile(SMALL, mesh="dp=2,ep=2", schedule="dualpipev", seq=SEQ, global_batch=BATCH, precision="fp64",
+                         kernels="none")  # fmt: skip
+    program, sizes = plan.program, {"B": 1, "S": SEQ, **dict(plan.comm["rows"])}  # type: ignore[call-overload]
+    graphs = {p: program.graph(f"moe_block_{p.value}") for p in Phase}
+    weights = {n for s in program.sequences for n, _ in s.gradients}
+    layers = {y.graph: y for s in program.sequences for y in s.layers if s.name.startswith("stage.")}
+    gradients = {
+        p: {v.name for v, n in zip(g.results, layers[g.name].outputs, strict=True) if n in weights}
+        for p, g in graphs.items()
+    }
+    found = round_layout(graphs, gradients, REGISTRY, sizes)
+    values = {v.name: v for p in Phase for n in found.nodes[p] for v in n.outputs}
+    assert gradients[Phase.W] & values.keys() and not gradients[Phase.W] & found.offsets.keys()
+    apart = sum(values[n].type.bytes(sizes) for n in found.offsets if n in values)
+    assert max(values[n].type.bytes(sizes) for n in found.offsets if n in values) < found.bytes < 0.8 * apart
+    assert {n.op for n in found.nodes[Phase.B] if n.op in ("dispatch", "dispatch_again", "combine")} > {"combine"}

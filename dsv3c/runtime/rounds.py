@@ -1,25 +1,25 @@
 """More rows for a rank's experts than its buffers hold: what lies between the exchanges of a layer, run again.
 
 The plan's buffers take the first round. Each further one goes through memory of its own, made when it is first needed
-and shared by all layers of a kind; backward makes its saved values again. So no token is dropped, and memory stays
-bounded however uneven the load is.
+and shared by all layers; backward makes its saved values again. So no token is dropped, and memory stays bounded
+however uneven the load is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
+from dsv3c.arena import place
 from dsv3c.ir import Graph, Layer, Node, Phase, Sequence
 from dsv3c.op import Registry
 from dsv3c.rewrite import crosses_ranks, shares_memory
 from dsv3c.runtime.exchange import Exchange
 from dsv3c.runtime.executor import Engine
-from dsv3c.runtime.runner import Runner
-from dsv3c.tensors import torch_dtype
+from dsv3c.runtime.runner import Memory, Runner
 
 RoundCall = Callable[[int], None]
 Tensors = Mapping[str, torch.Tensor]
@@ -45,6 +45,58 @@ def made(nodes: Iterable[Node]) -> set[str]:
 
 
 @dataclass(frozen=True)
+class RoundLayout:
+    """What a further round of a kind of layer does, phase after phase, and the offset of each value that it makes."""
+
+    nodes: Mapping[Phase, tuple[Node, ...]]
+    offsets: Mapping[str, int]
+    bytes: int
+
+
+def round_layout(graphs: Mapping[Phase, Graph], gradients: Mapping[Phase, set[str]], registry: Registry,
+                 sizes: Mapping[str, int]) -> RoundLayout:  # fmt: skip
+    """Place what a round makes by lifetime over F, B and W, in which a value keeps its name.
+
+    `gradients`: results of each phase that are weight gradients. One that is all that a node makes is added where it
+    belongs and has no place here; others are added when the phase ends.
+    """
+    nodes: dict[Phase, tuple[Node, ...]] = {}
+    known: set[str] = set()
+    roots: dict[str, str] = {}
+    size: dict[str, int] = {}
+    start: dict[str, int] = {}
+    end: dict[str, int] = {}
+    step = 0
+    for phase, graph in graphs.items():
+        nodes[phase] = between(graph, known)
+        fresh = made(nodes[phase])
+        placed = known | fresh
+        for node in nodes[phase]:
+            if _adds(node, gradients[phase], registry):
+                placed.discard(node.output.name)
+            if shares_memory(node, registry):
+                base = node.inputs[0].name
+                roots[node.output.name] = roots.get(base, base)
+            for v in (*node.inputs, *node.outputs):
+                root = roots.get(v.name, v.name)
+                if root in placed:
+                    size.setdefault(root, v.type.bytes(sizes))
+                    start.setdefault(root, step)
+                    end[root] = step
+            step += 1
+        for name in gradients[phase] & placed:
+            end[roots.get(name, name)] = step
+        known |= fresh
+    slots, peak = place([(name, size[name], start[name], end[name]) for name in start])
+    return RoundLayout(nodes, {s.name: s.offset for s in slots}, peak)
+
+
+def _adds(node: Node, gradients: Collection[str], registry: Registry) -> bool:
+    """Whether a node can add to a weight's gradient what it makes."""
+    return len(node.outputs) == 1 and node.output.name in gradients and not shares_memory(node, registry)
+
+
+@dataclass(frozen=True)
 class Further:
     """The further rounds of a layer in one direction, where `needed()`: known once the first `dispatch` was called.
 
@@ -63,7 +115,8 @@ class Rounds:
     exchange: Exchange
     sizes: Mapping[str, int]
     gradients: Tensors
-    _memory: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    _layouts: dict[tuple[str, ...], RoundLayout] = field(default_factory=dict)
+    _memory: Memory | None = None
 
     def layers(self, sequence: Sequence, runner: Runner) -> dict[str, LayerRounds]:
         """For each layer of a bound stage that sends rows, its further rounds."""
@@ -77,15 +130,28 @@ class Rounds:
             if Phase.F in phases and any(map(crosses_ranks, graphs.graph(phases[Phase.F].graph).nodes))
         }
 
-    def tensor(self, graph: Graph, name: str) -> torch.Tensor:
-        """Memory for a value of a round, the same for all layers that use `graph`."""
-        key = graph.name, name
-        if key not in self._memory:
-            t = graph.value(name).type
-            shape, device = t.bound(self.sizes), self.exchange.world.device
+    def layout(self, phases: Mapping[Phase, Layer], weights: Mapping[str, str]) -> RoundLayout:
+        """That of a layer; the same for all of its kind."""
+        graphs = {p: self.engine.program.graph(phases[p].graph) for p in Phase if p in phases}
+        key = tuple(g.name for g in graphs.values())
+        if key not in self._layouts:
+            results = {p: {v.name for v, n in zip(g.results, phases[p].outputs, strict=True) if n in weights}
+                       for p, g in graphs.items()}  # fmt: skip
+            self._layouts[key] = round_layout(graphs, results, self.engine.registry, self.sizes)
+        return self._layouts[key]
+
+    @property
+    def bytes(self) -> int:
+        """What further rounds take when they are needed."""
+        return max((y.bytes for y in self._layouts.values()), default=0)
+
+    @property
+    def memory(self) -> Memory:
+        """Where rounds of all layers work in turn; made when it is first asked for, after all layers were bound."""
+        if self._memory is None:
             with torch.inference_mode(False):
-                self._memory[key] = torch.empty(shape, dtype=torch_dtype(t.dtype), device=device)
-        return self._memory[key]
+                self._memory = Memory.allocate(self.bytes, str(self.exchange.world.device))
+        return self._memory
 
 
 class LayerRounds:
@@ -95,6 +161,7 @@ class LayerRounds:
                  weights: Mapping[str, str]) -> None:  # fmt: skip
         self._rounds, self._phases, self._runner, self._weights = rounds, phases, runner, weights
         self._bound: dict[Phase, list[tuple[Node, RoundCall]]] | None = None
+        self._layout = rounds.layout(phases, weights)
         graph = rounds.engine.program.graph(phases[Phase.F].graph)
         sender = next(n for n in graph.nodes if crosses_ranks(n) and n.op == "dispatch")
         self._handle = runner.bindings[phases[Phase.F].name, Phase.F][sender.outputs[3].name]
@@ -138,26 +205,23 @@ class LayerRounds:
         engine, registry = self._rounds.engine, self._rounds.engine.registry
         known: dict[str, torch.Tensor] = {}
         bound: dict[Phase, list[tuple[Node, RoundCall]]] = {}
-        for phase in Phase:
-            layer = self._phases.get(phase)
-            if layer is None:
-                continue
+        for phase, nodes in self._layout.nodes.items():
+            layer = self._phases[phase]
             graph = engine.program.graph(layer.graph)
-            nodes = between(graph, known)
             usual = self._runner.bindings[layer.name, phase]
             local = dict(usual) | {n: t for n, t in known.items() if n in usual}
             fresh = made(nodes)
             results = zip(graph.results, layer.outputs, strict=True)
             weights = {v.name: self._weights[name] for v, name in results if name in self._weights}
             sinks = {name: self._rounds.gradients[weight] for name, weight in weights.items()}
-            bound[phase] = [call for n in nodes if (call := self._node(n, graph, local, fresh, sinks, registry))]
+            bound[phase] = [call for n in nodes if (call := self._node(n, local, fresh, sinks, registry))]
             for name, total in sinks.items():
                 if name in fresh and local[name] is not total:  # no node could add to it
                     bound[phase].append((graph.nodes[-1], _any_round(partial(total.add_, local[name]))))
             known |= {n: local[n] for n in fresh}
         return bound
 
-    def _node(self, node: Node, graph: Graph, local: dict[str, torch.Tensor], fresh: set[str], sinks: Tensors,
+    def _node(self, node: Node, local: dict[str, torch.Tensor], fresh: set[str], sinks: Tensors,
               registry: Registry) -> tuple[Node, RoundCall] | None:  # fmt: skip
         """The call of one node for any round; None for a view. `local` learns where its outputs lie."""
         rounds = self._rounds
@@ -165,13 +229,12 @@ class LayerRounds:
         if shares_memory(node, registry):
             local.update(rounds.engine._views(node, inputs))
             return None
-        sink = sinks.get(node.outputs[0].name) if len(node.outputs) == 1 else None
-        if sink is not None:
-            local[node.outputs[0].name] = sink
+        if _adds(node, sinks, registry):
+            sink = local[node.output.name] = sinks[node.output.name]
             return node, _any_round(rounds.engine.prepare(node, inputs, (sink,), accumulate=True))
         handle = next((v.name for v in node.outputs[3:]), "") if crosses_ranks(node) and node.op == "dispatch" else ""
-        local.update((v.name, rounds.tensor(graph, v.name)) for v in node.outputs
-                     if v.name in fresh and v.name != handle)  # fmt: skip
+        local.update((v.name, rounds.memory.tensor(self._layout.offsets[v.name], v, rounds.sizes))
+                     for v in node.outputs if v.name in fresh and v.name != handle)  # fmt: skip
         outputs = tuple(local[v.name] for v in node.outputs)
         if crosses_ranks(node):
             return node, rounds.exchange.bind_round(node, inputs, outputs)
