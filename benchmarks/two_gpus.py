@@ -117,6 +117,7 @@ def made(plan: Plan, world: World) -> RankSession:
 def measure(world: World, path: str, rounds: int, alone: tuple[float, float], note: bool, trace: str) -> None:
     """One plan for both ranks: `alone` is seconds of a step and of its micro-batches on one GPU."""
     plan = load_plan(path)
+    torch.cuda.reset_peak_memory_stats()
     session = made(plan, world)
     tokens = tokens_of(plan, world.device)
     parts = tokens.split(plan.job.micro_batch)
@@ -143,7 +144,8 @@ def measure(world: World, path: str, rounds: int, alone: tuple[float, float], no
     mesh = f"pp={plan.job.mesh.pp},ep={plan.job.mesh.ep}"
     share = parts_per_gpu(plan)
     print(f"\n{path}: {mesh}, {plan.job.precision}, {len(parts)} micro-batches, peak {memory:.1f} GiB, "
-          f"plan {plan.memory.peak_bytes / 2**30:.1f} GiB, {plan.comm['units']} SMs lent")  # fmt: skip
+          f"plan {(plan.memory.with_headroom_bytes or plan.memory.peak_bytes) / 2**30:.1f} GiB, "
+          f"{plan.comm['units']} SMs lent")  # fmt: skip
     print(f"step {step * 1e3:.1f} ms ({count / step:,.0f} tokens/s), micro-batches {work * 1e3:.1f} ms; one GPU: step "
           f"{alone[0] * 1e3:.1f} ms, micro-batches {alone[1] * 1e3:.1f} ms for {share} of them")  # fmt: skip
     rate, one = count / work, share * plan.job.seq * plan.job.micro_batch / alone[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dsv3c.ir import Layer, Program, Sequence
+from dsv3c.ir import Layer, Program, Sequence, Type
 
 STAGE = "stage."
 PROLOGUE = "prologue"
@@ -58,6 +58,17 @@ def sent(program: Program, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]
     before, after = _neighbour(program, stage - 1), _neighbour(program, stage + 1)
     forward = tuple(n for n in results if after and n in after.inputs and not n.startswith(COTANGENT))
     return forward, tuple(n for n in results if before and n in before.inputs and n.startswith(COTANGENT))
+
+
+def value_types(program: Program) -> dict[str, Type]:
+    """The type of every value that layers hand on, are given or make, by name."""
+    found: dict[str, Type] = {}
+    for layer in (y for s in program.sequences for y in s.layers):
+        graph = program.graph(layer.graph)
+        found.update((n, v.type) for n, v in zip(layer.outputs, graph.results, strict=True))
+        for n, v in zip(layer.inputs, graph.inputs, strict=True):
+            found.setdefault(n, v.type)
+    return found
 
 
 def _neighbour(program: Program, stage: int) -> Sequence | None:

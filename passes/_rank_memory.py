@@ -11,12 +11,12 @@ from typing import TypeAlias
 from dsv3c.arena import GraphLayout, RankMemory, SequenceLayout, sequence_layout
 from dsv3c.capacity import capacity, exchange_room, route_bytes
 from dsv3c.chunks import ChunkLayout, RankArena, chunk_layout, rank_arena
-from dsv3c.ir import DType, Graph, Node, Phase, Program, Sequence, Type
+from dsv3c.ir import DType, Graph, Node, Phase, Program, Sequence
 from dsv3c.job import LANE
 from dsv3c.layout import FlatGroup, flat_groups, optimizer_bytes
 from dsv3c.rewrite import crosses_ranks
 from dsv3c.schedule import Schedule
-from dsv3c.stages import COTANGENT, PROLOGUE, borders, bound_directly, prologue_of, stage_count, stage_name
+from dsv3c.stages import COTANGENT, PROLOGUE, borders, bound_directly, prologue_of, stage_count, stage_name, value_types
 from dsv3c.state import State
 
 
@@ -126,11 +126,7 @@ def _trained(groups: tuple[FlatGroup, ...], rank: int, state: State) -> tuple[in
 
 def _between(program: Program, stages: tuple[int, ...], schedule: Schedule, sizes: dict[str, int]) -> int:
     """Room for one message from and one to each neighbour of each stage: no transfer is bound to a chunk's memory."""
-    types: dict[str, Type] = {}
-    for sequence in program.sequences:
-        for y in sequence.layers:
-            types.update(zip(y.outputs, (v.type for v in program.graph(y.graph).results), strict=True))
-    each = borders(program)
+    types, each = value_types(program), borders(program)
     names = (name for s in stages for way in dataclasses.astuple(each[s]) for name in way)
     return sum(types[name].bytes(sizes) for name in names)
 

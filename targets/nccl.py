@@ -21,13 +21,13 @@ from dsv3c.comm import (
 )
 from dsv3c.costs import Times, Traffic, local_ranks
 from dsv3c.interleave import Overlap
-from dsv3c.ir import Graph, Node, Program, Type
+from dsv3c.ir import Graph, Node, Program
 from dsv3c.job import LANE, Job, Mesh
 from dsv3c.layout import flat_groups, shard_count
 from dsv3c.op import Registry
 from dsv3c.schedule import Schedule
 from dsv3c.segments import segments
-from dsv3c.stages import borders
+from dsv3c.stages import borders, value_types
 from dsv3c.target import Machine
 
 
@@ -59,24 +59,13 @@ def plan_communication(program: Program, registry: Registry, schedule: Schedule,
 
 def _crossings(program: Program, sizes: Mapping[str, int]) -> tuple[Crossing, ...]:
     """What crosses between each two neighbouring stages."""
-    types = _types(program)
+    types = value_types(program)
 
     def named(names: tuple[str, ...]) -> Named:
         return tuple((n, types[n].bytes(sizes)) for n in names)
 
     each = borders(program)
     return tuple(Crossing(named(a.sent), named(b.cotangents_sent)) for a, b in itertools.pairwise(each))
-
-
-def _types(program: Program) -> dict[str, Type]:
-    """The type of every value that layers hand on, by name."""
-    found: dict[str, Type] = {}
-    for layer in (y for s in program.sequences for y in s.layers):
-        graph = program.graph(layer.graph)
-        found.update((n, v.type) for n, v in zip(layer.outputs, graph.results, strict=True))
-        for n, v in zip(layer.inputs, graph.inputs, strict=True):
-            found.setdefault(n, v.type)
-    return found
 
 
 def _groups(mesh: Mesh, local: int) -> tuple[GroupFormula, ...]:

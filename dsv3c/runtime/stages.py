@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from dsv3c.chunks import ChunkLayout, ChunkPlace, chunk_layout, rank_arena
-from dsv3c.ir import Graph, IRError, Layer, Phase, Sequence, Type, Value
+from dsv3c.ir import Graph, IRError, Layer, Phase, Sequence, Value
 from dsv3c.runtime.exchange import Exchange
 from dsv3c.runtime.executor import Blocks, Engine, Room, gradients_in_place, prepare_sequence
 from dsv3c.runtime.rounds import Further, LayerRounds, Rounds
 from dsv3c.runtime.runner import Call, Memory, Runner
 from dsv3c.schedule import Schedule
 from dsv3c.segments import Segment, segments
-from dsv3c.stages import COTANGENT, stage_name
+from dsv3c.stages import COTANGENT, stage_name, value_types
 from dsv3c.tensors import torch_dtype
 
 
@@ -68,6 +68,7 @@ class Stages:
     def __init__(self, engine: Engine, schedule: Schedule, rank: int, given: Given, exchange: Exchange) -> None:
         self._engine, self._given = engine, given
         program = engine.program
+        self._types = value_types(program)
         self._sequences = {k: program.sequence(stage_name(k)) for k in schedule.held(rank)}
         self._layouts = {k: self._layout(s) for k, s in self._sequences.items()}
         arena = rank_arena(schedule, rank, self._layouts)
@@ -107,20 +108,10 @@ class Stages:
     def _gradient_parts(self, sequence: Sequence) -> dict[str, torch.Tensor]:
         """Tensors for gradients that are added to the weight's after they were computed."""
         in_place = gradients_in_place(self._engine, sequence, self._given.gradients)
-        types = self._types(sequence)
+        types = self._types
         return {n: torch.empty(types[n].bound(self._given.sizes), dtype=torch_dtype(types[n].dtype),
                                device=self._given.device)
                 for n, _ in sequence.gradients if n not in in_place}  # fmt: skip
-
-    def _types(self, sequence: Sequence) -> dict[str, Type]:
-        """The type of every value that the stages hand on; one without layers hands on what others made."""
-        types: dict[str, Type] = {}
-        for other in (*self._engine.program.sequences, sequence):
-            for layer in other.layers:
-                graph = self._engine.program.graph(layer.graph)
-                types |= {name: v.type for v, name in zip(graph.inputs, layer.inputs, strict=True)}
-                types |= {name: v.type for v, name in zip(graph.results, layer.outputs, strict=True)}
-        return types
 
     def _bind(self, stage: int, place: ChunkPlace) -> Chunk:
         """Everything that this stage does with a chunk at this place."""
@@ -129,7 +120,7 @@ class Stages:
         spans = tuple((b, Memory(self._arena.block[at:])) for b, at in zip(begins, (place.held, *place.late)))  # noqa: B905
         blocks = Blocks(spans, self._workspace)
         offsets = {s.name: s.offset for s in layout.slots.slots}
-        types = self._types(sequence)
+        types = self._types
         inputs = {n: blocks.slot(offsets[n], Value(n, types[n]), given.sizes) for n in sequence.inputs if n in offsets}
         inputs |= {f"{COTANGENT}{n}": self._shares[n] for n in sequence.losses}
         room = Room(layout.slots, blocks, self._parts[stage])
