@@ -329,6 +329,7 @@ def _overview(plan: Plan, shown: int | None = None) -> str:
         ("  mtp", number(plan.parameters.mtp)),
         ("memory", _peak(memory)),
         *((f"  {kind}", size(count)) for kind, count in memory.by_kind),
+        *_uneven(memory, job.expert_headroom),
     ]
     built = [k for k in plan.kernels if k.has_binary]
     facts.append(("kernels", f"{len(built)} with binary, {len(plan.kernels) - len(built)} as source only"))
@@ -353,6 +354,16 @@ def _peak(memory: Memory) -> str:
         return f"{size(memory.peak_bytes)} on the largest rank"
     verdict = "" if memory.fits else ": DOES NOT FIT"
     return f"{size(memory.peak_bytes)} on the largest rank, which has {size(memory.limit_bytes)}{verdict}"
+
+
+def _uneven(memory: Memory, headroom: float) -> tuple[tuple[str, str], ...]:
+    """The memory with buffers for uneven experts, where experts are divided among ranks."""
+    if memory.with_headroom_bytes <= memory.peak_bytes:
+        return ()
+    held = f"{size(memory.with_headroom_bytes)} with buffers for {headroom:g} times the balanced load of experts"
+    if memory.limit_bytes and memory.with_headroom_bytes > memory.limit_bytes:
+        held += ", MORE THAN THERE IS: run it with a smaller --expert-headroom or more ranks"
+    return (("  uneven", held),)
 
 
 def _notes(plan: Plan, every: bool) -> str:
