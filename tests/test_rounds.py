@@ -81,7 +81,7 @@ def test_a_round_is_what_reads_rows_until_tokens_are_whole_again() -> None:
 def test_rounds_share_memory_by_lifetime_and_have_none_for_gradients() -> None:
     plan = dsv3c.compile(SMALL, mesh="dp=2,ep=2", schedule="dualpipev", seq=SEQ, global_batch=BATCH, precision="fp64",
                          kernels="none")  # fmt: skip
-    program, sizes = plan.program, {"B": 1, "S": SEQ, **dict(plan.comm["rows"])}  # type: ignore[call-overload]
+    program, sizes = plan.program, {"B": 1, "S": SEQ, **dict(from_json(plan.comm).rows)}
     graphs = {p: program.graph(f"moe_block_{p.value}") for p in Phase}
     weights = {n for s in program.sequences for n, _ in s.gradients}
     layers = {y.graph: y for s in program.sequences for y in s.layers if s.name.startswith("stage.")}
