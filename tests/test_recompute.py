@@ -353,7 +353,7 @@ def test_with_plenty_of_memory_nothing_is_computed_again(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("rate", "bandwidth", "less", "more"),
     [
-        (0.25, 1.0, {("attention.q_up", "linear")}, set()),
+        (0.2, 1.0, {("attention.q_up", "linear")}, set()),
         (4.0, 1.0, set(), {("attention.q_down", "linear"), ("attention.kv_down", "linear"),
                            ("mlp.gate_up", "grouped_linear"), ("mlp.shared.gate_up", "linear")}),
         (1.0, 0.25, {(f"attention.{n}norm", "rms_norm") for n in ("", "q_", "kv_")}, set()),
