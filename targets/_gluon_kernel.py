@@ -49,7 +49,7 @@ def gemm_binary(spec: GemmSpec) -> Binary:
         if hashlib.sha256(cubin).hexdigest() == facts.pop("digest"):
             return Binary(cubin, **facts)
     except (OSError, ValueError, KeyError, TypeError):
-        pass
+        pass  # none there, or damaged: built below
     made = _gluon_launch.build(spec, folder)
     facts = {"entry": made.entry, "shared": made.shared, "threads": made.threads, "cluster": made.cluster,
              "digest": hashlib.sha256(made.cubin).hexdigest()}  # fmt: skip

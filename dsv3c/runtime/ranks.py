@@ -34,7 +34,7 @@ from dsv3c.runtime.lanes import Lanes
 from dsv3c.runtime.peers import GroupPeers
 from dsv3c.runtime.rank_weights import RankWeights
 from dsv3c.runtime.runner import Runner
-from dsv3c.runtime.session import BadStepError, StepResult
+from dsv3c.runtime.session import StepResult, refuse_bad
 from dsv3c.runtime.stages import Chunk, Given, Stages
 from dsv3c.runtime.world import CHANNEL_CTAS, World
 from dsv3c.schedule import Schedule, show_cell
@@ -160,13 +160,7 @@ class RankSession:
         by_layer = {layer: load for (layer, _), load in zip(self._biases, loads, strict=True)}
         main = losses["loss.main"]
         result = StepResult(self.steps + 1, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
-        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
-            wrong = f"loss is {main}" if not math.isfinite(main) else f"gradient norm is {norm}"
-            raise BadStepError(
-                f"step {result.step}: the {wrong}. {self._where(mine)}. Nothing of this step was applied; start again "
-                "with a lower --lr or other data, or resume from the last checkpoint.",
-                result,
-            )
+        refuse_bad(result, losses, lambda: self._where(mine))
         self.steps += 1
         self._epilogue.update(rate, self.steps, squares)
         for layer, bias in self._biases:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,18 @@ class BadStepError(WorkError):
     def __init__(self, message: str, result: StepResult) -> None:
         super().__init__(message)
         self.result = result
+
+
+def refuse_bad(result: StepResult, losses: Mapping[str, float], where: Callable[[], str]) -> None:
+    """Raise BadStepError if a loss or the gradient norm of a step is no number; `where` finds the first such value."""
+    if math.isfinite(result.grad_norm) and all(map(math.isfinite, losses.values())):
+        return
+    wrong = f"gradient norm is {result.grad_norm}" if math.isfinite(result.loss) else f"loss is {result.loss}"
+    raise BadStepError(
+        f"step {result.step}: the {wrong}. {where()}. Nothing of this step was applied; start again with a lower --lr "
+        "or other data, or resume from the last checkpoint.",
+        result,
+    )
 
 
 class Session:
@@ -205,13 +217,7 @@ class Session:
         routed = {y: n for y in sequence.layers for n in y.outputs if n in loads}
         by_layer = {y.name: loads[n] for y, n in routed.items()}
         result = StepResult(self.steps + 1, main, mtp, balance, norm, rate, tokens.numel(), by_layer)
-        if not (math.isfinite(norm) and all(map(math.isfinite, losses.values()))):
-            wrong = f"loss is {main}" if not math.isfinite(main) else f"gradient norm is {norm}"
-            raise BadStepError(
-                f"step {result.step}: the {wrong}. {self._where(runner, parts)}. Nothing of this step was applied; "
-                "start again with a lower --lr or other data, or resume from the last checkpoint.",
-                result,
-            )
+        refuse_bad(result, losses, lambda: self._where(runner, parts))
         self.steps += 1
         self._epilogue.update(rate, self.steps, squares)
         self._generation += 1

@@ -117,7 +117,8 @@ class Stages:
         """Everything that this stage does with a chunk at this place."""
         engine, given, sequence, layout = self._engine, self._given, self._sequences[stage], self._layouts[stage]
         begins = itertools.accumulate(layout.blocks, initial=0)
-        spans = tuple((b, Memory(self._arena.block[at:])) for b, at in zip(begins, (place.held, *place.late)))  # noqa: B905
+        places = zip(begins, (place.held, *place.late), strict=False)  # the last of `begins` is where all end
+        spans = tuple((begin, Memory(self._arena.block[at:])) for begin, at in places)
         blocks = Blocks(spans, self._workspace)
         offsets = {s.name: s.offset for s in layout.slots.slots}
         types = self._types
